@@ -1,0 +1,1 @@
+"""Streaming moments, delta-logit and KL kernels with eager PyTorch references."""

@@ -1,0 +1,178 @@
+"""Which implementation of an op runs, and why.
+
+Every op is registered once, with `register`: its torch.library schema, its fake-tensor rule and one implementation per
+backend. `reference` is eager PyTorch and always there; `cpu` is the C++ extension; `triton` and `cuda` need a GPU.
+Without an override the first backend in `PREFERENCE` that is built, takes the dtypes and is verified runs. With one
+(`use_backend("cpu")` or CHASSIS_BACKEND=cpu) exactly that backend runs, or the call raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+try:
+    from chassis_kernels import _C
+except ImportError as error:
+    _C, _C_ERROR = None, str(error)
+else:
+    _C_ERROR = ""
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+library = torch.library.Library("chassis", "DEF")
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("chassis_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's version of an op: `run` takes the schema's arguments."""
+
+    run: Callable
+    dtypes: frozenset[torch.dtype] | None = None  # None: any floating dtype
+    verified: str = ""  # hardware it was last verified on; empty: compiled, not verified
+
+
+@dataclass
+class Op:
+    """A registered op. `example(device)` gives small valid arguments, for self-checks and opcheck."""
+
+    name: str
+    schema: str
+    implementations: dict[str, Implementation]
+    example: Callable[[str], tuple]
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    example: Callable[[str], tuple],
+    **implementations: Implementation,
+) -> Op:
+    """Define `chassis::<schema>` in torch.library and dispatch it over the backends given."""
+    name = schema.split("(")[0]
+    op = Op(name, schema, {"reference": Implementation(reference, None, "any"), **implementations}, example)
+    OPS[name] = op
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def dispatch(*args):
+        tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+        backend = select(name, tensors[0].device.type, {t.dtype for t in tensors if t.is_floating_point()})
+        op.calls[backend] = op.calls.get(backend, 0) + 1
+        return op.implementations[backend].run(*args)
+
+    library.impl(name, dispatch, "CPU")
+    library.impl(name, dispatch, "CUDA")
+    torch.library.register_fake(f"chassis::{name}", fake, lib=library)
+    return op
+
+
+def select(op: str, device: str, dtypes: set[torch.dtype]) -> str:
+    """Name of the backend that runs `op` on this device and these dtypes; raises BackendError for a bad override."""
+    wanted = _override.get() or os.environ.get("CHASSIS_BACKEND") or None
+    if wanted is not None:
+        reason = why_not(op, wanted, device, dtypes)
+        if reason:
+            raise BackendError(f"{op}: backend {wanted!r} was asked for, but {reason}")
+        return wanted
+    for backend in PREFERENCE.get(device, ("reference",)):
+        implementation = OPS[op].implementations.get(backend)
+        if implementation and implementation.verified and not why_not(op, backend, device, dtypes):
+            return backend
+    return "reference"
+
+
+def why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype] = frozenset()) -> str:
+    """Why `backend` cannot run `op` here, in words; empty when it can."""
+    if backend not in BACKENDS:
+        return f"the backends are {', '.join(BACKENDS)}"
+    implementation = OPS[op].implementations.get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation"
+    if backend == "cpu" and _C is None:
+        return f"the C++ extension is not built ({_C_ERROR}); install a C++17 compiler and reinstall chassis-kernels"
+    if backend == "cpu" and device != "cpu":
+        return f"the tensors are on {device}"
+    if backend in ("triton", "cuda") and device != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    unsupported = dtypes - implementation.dtypes if implementation.dtypes is not None else set()
+    if unsupported:
+        return f"it does not take {', '.join(sorted(str(d) for d in unsupported))}"
+    return ""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on exactly this backend; a call it cannot serve raises BackendError."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def capabilities() -> list[dict]:
+    """One row per op and backend: {op, backend, built, executed, verified, note}, after running each op's example."""
+    rows = []
+    for op in OPS.values():
+        for backend, implementation in op.implementations.items():
+            device = "cuda" if backend in ("triton", "cuda") else "cpu"
+            note = why_not(op.name, backend, device)
+            if not note and device == "cuda" and not torch.cuda.is_available():
+                note = "no CUDA device here"
+            executed = False
+            if not note:
+                with use_backend(backend):
+                    getattr(torch.ops.chassis, op.name)(*op.example(device))
+                executed = True
+            built = backend != "cpu" or _C is not None
+            rows.append(
+                {
+                    "op": op.name,
+                    "backend": backend,
+                    "built": built,
+                    "executed": executed,
+                    "verified": implementation.verified or "compiled, not verified",
+                    "note": note,
+                }
+            )
+    return rows
+
+
+def matrix_args(tensor: torch.Tensor | None) -> tuple[int, int, int, int, int] | None:
+    """A 1-D or 2-D tensor as the extension takes it: (pointer, rows, columns, row stride, dtype code).
+
+    The last dimension must be contiguous (see `rows_contiguous`).
+    """
+    if tensor is None:
+        return None
+    rows, columns = (1, *tensor.shape) if tensor.dim() == 1 else tensor.shape
+    stride = columns if tensor.dim() == 1 else tensor.stride(0)
+    return tensor.data_ptr(), rows, columns, stride, DTYPE_CODES[tensor.dtype]
+
+
+def rows_contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself if its last dimension is contiguous, else a contiguous copy."""
+    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()

@@ -1,0 +1,90 @@
+// The Python module chassis_kernels._C: turns (pointer, shape, stride, dtype) tuples into kernel arguments, releases the
+// interpreter lock and calls the variant for this processor. Arguments are checked in Python, before they come here.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using chassis::DType;
+using chassis::Matrix;
+
+namespace {
+
+// (data_ptr, rows, cols, row_stride, dtype) or None
+Matrix matrix(const py::object& given) {
+  if (given.is_none()) return {};
+  auto t = given.cast<py::tuple>();
+  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(), static_cast<DType>(t[4].cast<int>())};
+}
+
+enum class Isa { portable, avx2, avx512 };
+
+Isa detect() {
+  Isa best = Isa::portable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#ifdef CHASSIS_HAVE_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Isa::avx2;
+#endif
+#ifdef CHASSIS_HAVE_AVX512
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+#endif
+#endif
+  return best;
+}
+
+// CHASSIS_CPU_ISA=portable|avx2|avx512 lowers the choice (tests run every variant); asking for more than there is raises.
+Isa chosen() {
+  static const Isa isa = [] {
+    Isa best = detect();
+    const char* asked = std::getenv("CHASSIS_CPU_ISA");
+    if (!asked || !*asked) return best;
+    Isa wanted;
+    if (!std::strcmp(asked, "portable")) wanted = Isa::portable;
+    else if (!std::strcmp(asked, "avx2")) wanted = Isa::avx2;
+    else if (!std::strcmp(asked, "avx512")) wanted = Isa::avx512;
+    else throw std::runtime_error(std::string("CHASSIS_CPU_ISA=") + asked + ": expected portable, avx2 or avx512");
+    if (wanted > best)
+      throw std::runtime_error(std::string("CHASSIS_CPU_ISA=") + asked + " is not available on this processor or build");
+    return wanted;
+  }();
+  return isa;
+}
+
+#ifdef CHASSIS_HAVE_AVX512
+#define CASE_AVX512(CALL) case Isa::avx512: chassis::avx512::CALL; break;
+#else
+#define CASE_AVX512(CALL)
+#endif
+#ifdef CHASSIS_HAVE_AVX2
+#define CASE_AVX2(CALL) case Isa::avx2: chassis::avx2::CALL; break;
+#else
+#define CASE_AVX2(CALL)
+#endif
+#define DISPATCH(CALL)                              \
+  do {                                              \
+    Isa isa = chosen();                             \
+    py::gil_scoped_release unlocked;                \
+    switch (isa) {                                  \
+      CASE_AVX512(CALL) CASE_AVX2(CALL)             \
+      default: chassis::portable::CALL;             \
+    }                                               \
+  } while (0)
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of chassis_kernels; call them through the ops, which check their arguments.";
+  m.def("isa", [] { return chosen() == Isa::avx512 ? "avx512" : chosen() == Isa::avx2 ? "avx2" : "portable"; });
+  m.def("exp_nonpositive", [](uintptr_t x, uintptr_t out, int64_t n) {
+    DISPATCH(exp_nonpositive(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n));
+  });
+}

@@ -1,0 +1,29 @@
+// What every kernel takes and which variants exist. Pointers and sizes only: tensors are checked in Python.
+#pragma once
+#include <cstdint>
+
+namespace chassis {
+
+enum class DType : int { fp32 = 0, bf16 = 1, fp16 = 2, fp64 = 3 };
+
+// A row-major matrix seen through its row stride (in elements); the last dimension is contiguous.
+// An absent optional tensor has data == nullptr.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0, stride = 0;
+  DType dtype = DType::fp32;
+};
+
+// op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
+#define CHASSIS_DECLARE_OPS                                                      \
+  void exp_nonpositive(const float* x, float* out, int64_t n);
+
+#ifdef CHASSIS_HAVE_AVX512
+namespace avx512 { CHASSIS_DECLARE_OPS }
+#endif
+#ifdef CHASSIS_HAVE_AVX2
+namespace avx2 { CHASSIS_DECLARE_OPS }
+#endif
+namespace portable { CHASSIS_DECLARE_OPS }
+
+}  // namespace chassis

@@ -1,0 +1,130 @@
+// One fp32 vector type per instruction set, written with the GCC/Clang vector extensions so that the same kernel source
+// compiles for AVX-512, AVX2, NEON and plain C++. setup.py compiles every kernel once per instruction set with CHASSIS_ISA
+// naming the variant; everything here lives in that namespace so that the variants never mix.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace chassis {
+namespace CHASSIS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline vf splat(float x) { return x - vf{}; }
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float to_float(fp16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(mantissa), -24);
+  uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+// Rounds to nearest even; a NaN stays a NaN.
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = x != x ? uint16_t((bits >> 16) | 64) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, fp16& out) {
+#if defined(__F16C__)
+  out.bits = _cvtss_sh(x, 0);
+#else
+  _Float16 half = _Float16(x);
+  std::memcpy(&out.bits, &half, 2);
+#endif
+}
+
+inline vf load(const bf16* p) {
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  vi wide = __builtin_convertvector(half, vi) << 16;
+  vf out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+inline vf load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf out;
+  for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+template <class T>
+inline void store(T* p, vf v) {
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p[i]);
+}
+
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+inline float max(vf v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp(x) for x <= 0 to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r, scaled by 2^n through the
+// exponent bits. Everything below -87.3 gives exactly 0, so that -inf needs no branch.
+inline vf exp_nonpositive(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  vf clamped = vmax(x, splat(-87.3f));
+  vf n = (clamped * 1.44269504088896341f + magic) - magic;
+  vf r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  vf value = p * scale;
+  return x < splat(-87.3f) ? vf{} : value;
+}
+
+}  // namespace CHASSIS_ISA
+}  // namespace chassis
