@@ -1,0 +1,102 @@
+"""Train a small causal LM on the CPU in a minute or two, and measure it in bits per byte."""
+
+import contextlib
+import ctypes
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ..text.corpus import Document
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
+HEAP_LIMIT = 32 * 2**20  # the largest mmap threshold glibc takes on 64 bits
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> torch.Tensor:
+    """Tokens [N] int64 of all documents, each opened by the tokenizer's own start token, if any, and closed by its end token."""
+    encoded = tokenizer([d.text for d in documents], return_attention_mask=False)["input_ids"]
+    return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)])
+
+
+def train(
+    model: PreTrainedModel,
+    streams: Sequence[torch.Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    batch: int,
+    length: int,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """One-cycle AdamW for `steps` batches of `batch` windows of `length` tokens, drawn in turn from `streams` [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    window = torch.arange(length + 1)
+    model.train()
+    for step in range(steps):
+        stream = streams[step % len(streams)]
+        starts = torch.randint(len(stream) - length, (batch, 1), generator=generator)
+        tokens = stream[starts + window]
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        advance()
+    model.eval()
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int
+) -> float:
+    """Bits the model spends per UTF-8 byte of the documents, read in windows of `length` tokens that overlap by half.
+
+    Every token but a document's first one is predicted from at least length/2 tokens, or from all there are.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    nats, half = 0.0, length // 2
+    windows = []
+    for document in documents:
+        ids = [start, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
+        for begin in range(0, max(len(ids) - 1 - half, 1), half):
+            part = ids[begin : begin + length + 1]
+            scored = len(part) - 1 if begin == 0 else len(part) - 1 - half
+            windows.append((part, scored))
+    windows.sort(key=lambda w: len(w[0]))
+    for begin in range(0, len(windows), 16):
+        group = windows[begin : begin + 16]
+        width = max(len(part) for part, _ in group)
+        tokens = torch.tensor([part + [start] * (width - len(part)) for part, _ in group])
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        for row, (part, scored) in zip(loss, group, strict=True):
+            nats += row[len(part) - 1 - scored : len(part) - 1].double().sum().item()
+    return nats / math.log(2) / sum(len(d.text.encode()) for d in documents)
+
+
+@contextlib.contextmanager
+def tuned_cpu(threads: int) -> Iterator[None]:
+    """Run with `threads` threads and, on glibc, with the buffers of a training step reused instead of returned to the system."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    mallopt = ctypes.CDLL(None).mallopt if platform.libc_ver()[0] == "glibc" else None
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, HEAP_LIMIT)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+            mallopt(M_TRIM_THRESHOLD, 128 * 1024)
