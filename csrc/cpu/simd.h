@@ -63,8 +63,21 @@ inline void from_float(float x, fp16& out) {
 #if defined(__F16C__)
   out.bits = _cvtss_sh(x, 0);
 #else
-  _Float16 half = _Float16(x);
-  std::memcpy(&out.bits, &half, 2);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint16_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) {
+    out.bits = sign | 0x7e00;
+  } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
+    out.bits = sign | 0x7c00;
+  } else if (bits < 0x38800000) {  // below 2^-14: adding 0.5 rounds to the spacing of the subnormals, 2^-24
+    float shifted = std::fabs(x) + 0.5f;
+    std::memcpy(&bits, &shifted, 4);
+    out.bits = uint16_t(sign | (bits - 0x3f000000));
+  } else {
+    out.bits = uint16_t(sign | ((bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13));
+  }
 #endif
 }
 
@@ -78,7 +91,7 @@ inline vf load(const bf16* p) {
 }
 inline vf load(const fp16* p) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));  // the unmasked form warns in GCC 12
 #elif defined(__AVX2__) && defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -108,7 +121,7 @@ inline float max(vf v) {
 // exponent bits. Everything below -87.3 gives exactly 0, so that -inf needs no branch.
 inline vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vf clamped = vmax(x, splat(-87.3f));
+  vf clamped = vmax(splat(-87.3f), x);  // in this order a NaN stays a NaN
   vf n = (clamped * 1.44269504088896341f + magic) - magic;
   vf r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
