@@ -1,0 +1,1 @@
+"""Eager PyTorch, readable and float64-capable: the definition of right for every op."""
