@@ -64,16 +64,20 @@ def register(
     reference: Callable,
     fake: Callable,
     example: Callable[[str], tuple],
+    inputs: slice = slice(None),
     **implementations: Implementation,
 ) -> Op:
-    """Define `chassis::<schema>` in torch.library and dispatch it over the backends given."""
+    """Define `chassis::<schema>` in torch.library and dispatch it over the backends given.
+
+    `inputs` are the arguments whose dtypes decide which backends can run; by default all of them.
+    """
     name = schema.split("(")[0]
     op = Op(name, schema, {"reference": Implementation(reference, None, "any"), **implementations}, example)
     OPS[name] = op
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def dispatch(*args):
-        tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        tensors = [t for arg in args[inputs] for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
         backend = select(name, tensors[0].device.type, {t.dtype for t in tensors if t.is_floating_point()})
         op.calls[backend] = op.calls.get(backend, 0) + 1

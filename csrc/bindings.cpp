@@ -87,4 +87,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp_nonpositive", [](uintptr_t x, uintptr_t out, int64_t n) {
     DISPATCH(exp_nonpositive(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n));
   });
+  m.def("moments_update", [](const py::object& count, const py::object& mean_x, const py::object& xx, const py::object& mean_y,
+                             const py::object& xy, const py::object& yy, const py::object& x, const py::object& y,
+                             const py::object& weight) {
+    Matrix a[] = {matrix(count), matrix(mean_x), matrix(xx), matrix(mean_y), matrix(xy),
+                  matrix(yy),    matrix(x),      matrix(y),  matrix(weight)};
+    DISPATCH(moments_update(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]));
+  });
 }

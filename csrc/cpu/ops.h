@@ -15,8 +15,10 @@ struct Matrix {
 };
 
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
-#define CHASSIS_DECLARE_OPS                                                      \
-  void exp_nonpositive(const float* x, float* out, int64_t n);
+#define CHASSIS_DECLARE_OPS                                                                                      \
+  void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
+  void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx, const Matrix& mean_y,         \
+                      const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }
