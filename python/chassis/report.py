@@ -1,0 +1,265 @@
+"""Results as JSON, as a page that needs nothing but itself, and as tables for the terminal.
+
+`results` is what `chassis.evaluate` puts together: KLs in nats per token, each beside the no-op KL (the base as it is).
+Whatever is missing from it (no lenses asked for, no refinement, no passage) is left out of the report.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+from chassis.files import write_folder
+
+CAPTIONS = {
+    "kl_by_rank": "KL of the adapter at each rank; the dashed line is what doing nothing scores, the right axis the share removed.",
+    "kl_by_layer": "KL of the affine lens read off each layer; the last point is the input of the unembedding.",
+    "spectrum": "KL explained, to second order, by each direction of the full-rank change; the adapter keeps the shaded ones.",
+    "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
+    "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
+}
+RAMP = ((255, 255, 255), (255, 224, 178), (250, 163, 104), (232, 96, 60))
+
+
+class Row(NamedTuple):
+    """Cells of a table row; `style` is "", "noop" or "chosen"."""
+
+    cells: list[str]
+    style: str = ""
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[Row]
+
+
+def write_report(results: dict, folder: str | Path) -> Path:
+    """Write report.json, report.html and the pictures as PNG files into `folder`; returns the path of report.html.
+
+    Raises ChassisError if the folder cannot be written.
+    """
+    from chassis.figures import draw_all
+
+    results = _plain(results)
+    pictures = draw_all(results)
+    files: dict[str, str | bytes] = {f"{name}.png": png for name, png in pictures.items()}
+    files["report.json"] = json.dumps(results, indent=2, allow_nan=False)
+    files["report.html"] = _html(results, pictures)
+    return write_folder(folder, files) / "report.html"
+
+
+def print_report(results: dict, console) -> None:
+    """Print the tables and the generations to a rich console."""
+    import rich.box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    results = _plain(results)
+    styles = {"": None, "noop": "dim", "chosen": "bold green"}
+    for table in tables(results):
+        grid = RichTable(title=table.title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+        for position, name in enumerate(table.columns):
+            grid.add_column(name, justify="right" if position else "left")
+        for row in table.rows:
+            grid.add_row(*map(Text, row.cells), style=styles[row.style])
+        console.print(grid)
+    if results.get("generations"):
+        grid = RichTable(title="Before and after", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+        for name in ("base", "adapted", "expert"):
+            grid.add_column(name, ratio=1, overflow="fold")
+        for sample in results["generations"]:
+            grid.add_row(*(Text.assemble((sample["prompt"], "dim"), sample[k]) for k in ("base", "adapted", "expert")))
+            grid.add_section()
+        console.print(grid)
+
+
+def tables(results: dict) -> list[Table]:
+    """The numbers of a report: adapters by rank, lenses by layer, time, memory and data."""
+    return [t for t in (_ranks(results), _layers(results), _costs(results), _data(results)) if t.rows]
+
+
+def _ranks(results: dict) -> Table:
+    columns = ["adapter", "KL", "no-op KL", "removed", "top-1", "bits/byte", "gap closed", "parameters", "size"]
+    no_op, rows = results["no_op"], []
+    for row in results.get("ranks") or []:
+        name = f"rank {row['rank']} {row['kind']}"
+        name += f", {row['columns']} columns" if row.get("columns") else ""
+        cells = [name, _kl(row), _number(no_op["kl"]), _share(row.get("share_removed")), _share(row.get("top1"))]
+        cells += [_number(row.get("bits_per_byte")), _share(row.get("gap_closed"))]
+        rows.append(Row(cells + [_count(row.get("parameters")), _size(row.get("bytes"))], _if_chosen(row, results)))
+    base = _number((results.get("bits_per_byte") or {}).get("base"))
+    first = Row(["no-op (base)", _kl(no_op), _number(no_op["kl"]), "0.0 %", _share(no_op.get("top1")), base, "0.0 %", "", ""], "noop")
+    return Table("Adapters by rank", columns, [first, *rows] if rows else [])
+
+
+def _layers(results: dict) -> Table:
+    no_op = results["no_op"]["kl"]
+    rows = [
+        Row([row["name"], _kl(row), _number(no_op), _share(row.get("share_removed")), _share(row.get("top1"))])
+        for row in results.get("layers") or []
+    ]
+    return Table("Lenses by layer", ["lens", "KL", "no-op KL", "removed", "top-1"], rows)
+
+
+def _costs(results: dict) -> Table:
+    seconds, memory = results.get("seconds") or {}, results.get("memory") or {}
+    labels = {
+        "base_forward": "forward passes, base",
+        "expert_forward": "forward passes, expert",
+        "statistics": "statistics on top of them",
+        "closed_form": "closed form",
+        "refine": "refinement",
+        "evaluate": "evaluation",
+        "total": "total",
+    }
+    rows = [Row([label, f"{seconds[key]:.1f} s"]) for key, label in labels.items() if seconds.get(key) is not None]
+    sizes = {
+        "moments_bytes": "memory: moments",
+        "batch_bytes": "memory: one batch",
+        "peak_above_models_bytes": "memory: peak above the models",
+    }
+    rows += [Row([label, _size(memory[key])]) for key, label in sizes.items() if memory.get(key) is not None]
+    return Table("Time and memory", ["what", "cost"], rows)
+
+
+def _data(results: dict) -> Table:
+    data = results.get("data") or {}
+    names = ("documents", "windows", "tokens")
+    rows = [
+        Row([split, *(_count(data.get(f"{split}_{name}")) for name in names)])
+        for split in ("fit", "validation", "test")
+        if data.get(f"{split}_tokens") is not None
+    ]
+    return Table("Text", ["split", *names], rows)
+
+
+def _html(results: dict, pictures: dict[str, bytes]) -> str:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("chassis", "assets"), autoescape=True)
+    return environment.get_template("report.html").render(
+        r=results,
+        title=results.get("title") or "chassis report",
+        cards=_cards(results),
+        pictures=[{"data": base64.b64encode(png).decode(), "caption": CAPTIONS[name]} for name, png in pictures.items()],
+        tables=tables(results),
+        passage=_passage(results),
+        ramp=[_css(colour) for colour in RAMP],
+        notes=_notes(results),
+    )
+
+
+def _cards(results: dict) -> list[dict]:
+    no_op, scores, seconds = results["no_op"], results.get("bits_per_byte") or {}, results.get("seconds") or {}
+    chosen = next((row for row in results.get("ranks") or [] if _if_chosen(row, results)), None)
+    cards = []
+
+    def card(label: str, value: str, note: str) -> None:
+        cards.append({"label": label, "value": value, "note": note})
+
+    if chosen:
+        card("KL to the expert", _number(chosen["kl"]), f"no-op {_number(no_op['kl'])}: {_share(chosen.get('share_removed'))} removed")
+        card("Same first choice as the expert", _share(chosen.get("top1")), f"no-op {_share(no_op.get('top1'))}")
+    if scores.get("adapted") is not None:
+        note = f"base {_number(scores.get('base'))}, expert {_number(scores.get('expert'))}: {_share(scores.get('gap_closed'))} of the gap"
+        card("Bits per byte", _number(scores["adapted"]), note)
+    if chosen and chosen.get("bytes") is not None:
+        kind = f"rank {chosen['rank']}, {chosen['kind']}"
+        card("Adapter on disk", _size(chosen["bytes"]), f"{_count(chosen.get('parameters'))} parameters, {kind}")
+    if seconds.get("total") is not None:
+        forward = (seconds.get("base_forward") or 0) + (seconds.get("expert_forward") or 0)
+        card("Time", f"{seconds['total']:.0f} s", f"{forward:.0f} s of it forward passes of the two models")
+    return cards
+
+
+def _passage(results: dict) -> dict | None:
+    tokens = (results.get("passage") or {}).get("tokens") or []
+    values = sorted(t["no_op_kl"] for t in tokens if t["no_op_kl"] is not None)
+    if not values:
+        return None
+    top = max(values[int(0.95 * (len(values) - 1))], 0.1)
+
+    def side(name: str, key: str) -> dict:
+        cells = []
+        for token in tokens:
+            body = token["text"].rstrip("\n")
+            kl = token[key]
+            colour = "transparent" if kl is None else _css(_colour(kl / top))
+            cells.append({"text": body or "↵", "tail": token["text"][len(body) :], "kl": _number(kl), "colour": colour})
+        return {"name": name, "tokens": cells}
+
+    def mean(key: str) -> str:
+        kept = [t[key] for t in tokens if t[key] is not None]
+        return _number(sum(kept) / len(kept) if kept else None)
+
+    sides = [side("no-op: the base as it is", "no_op_kl"), side("adapted", "kl")]
+    return {"top": f"{top:.1f}", "before": mean("no_op_kl"), "after": mean("kl"), "sides": sides}
+
+
+def _notes(results: dict) -> list[str]:
+    environment = results.get("environment") or {}
+    notes = [f"Positions: {results.get('positions', 'all')}. Vocabulary {results.get('vocabulary_hash', '')[:12]}."]
+    notes.append(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
+    return [note for note in notes if note]
+
+
+def _if_chosen(row: dict, results: dict) -> str:
+    kind = "refined" if results.get("refined") else "closed form"
+    return "chosen" if (row["rank"], row["kind"]) == (results.get("rank"), kind) else ""
+
+
+def _colour(level: float) -> tuple[int, int, int]:
+    """A point of RAMP, 0 at its start and 1 or more at its end."""
+    position = min(max(level, 0.0), 1.0) * (len(RAMP) - 1)
+    left = min(int(position), len(RAMP) - 2)
+    low, high = RAMP[left], RAMP[left + 1]
+    return tuple(round(a + (b - a) * (position - left)) for a, b in zip(low, high, strict=True))
+
+
+def _css(colour: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in colour)
+
+
+def _kl(row: dict) -> str:
+    error = row.get("stderr")
+    return _number(row["kl"]) + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _size(n_bytes: float | None) -> str:
+    if n_bytes is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} GB"
+
+
+def _plain(value):
+    """A copy fit for JSON, HTML and a terminal: NaN and infinity become None, control characters U+FFFD."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in value)
+    if isinstance(value, bool | int | None):
+        return value
+    return float(value) if math.isfinite(value) else None
