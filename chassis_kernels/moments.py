@@ -1,0 +1,382 @@
+"""Streaming moments: count, means and centred products of paired rows, exact for any batch split, mergeable.
+
+    S = Σ w (x-m_x)ᵀ(x-m_x)    C = Σ w (x-m_x)ᵀ(y-m_y)    q_j = Σ w (y_j-m_yj)²    m = Σ w x / Σ w
+
+Each batch is centred with its own mean and multiplied in float32 (float64 rows: float64), then merged in float64 by the
+pairwise update of Chan, Golub & LeVeque (1983). Only one triangle of S is computed. Rows that come in small batches wait
+until `PENDING_ROWS` of them can be merged at once: reading all of S and C costs as much as multiplying some hundred rows.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chassis_kernels import backends
+from chassis_kernels.reference import moments as reference
+from chassis_kernels.reference.precision import compute_dtype
+
+PENDING_ROWS = 1024
+PENDING_BYTES = 32 << 20
+FORMAT = {"format": "chassis.moments", "version": "1"}
+_STATE = ("count", "mean_x", "xx", "mean_y", "xy", "yy")
+_PENDING = ("pending_x", "pending_y", "pending_weight")
+
+
+def _merged(name: str, doc: str) -> property:
+    return property(lambda self: self.flush()._state[name], doc=doc)
+
+
+class Moments:
+    """Streamed moments of rows x [N, D] and, with `dim_y` > 0, y [N, T]; float64 tensors on `device`.
+
+    `full_y=True` keeps all of Σ w (y-m_y)ᵀ(y-m_y), not its diagonal alone. `rows` counts the rows seen, unweighted;
+    `dropped` those that `nan="drop"` left out.
+    """
+
+    count = _merged("count", "Sum of the weights, [].")
+    mean_x = _merged("mean_x", "Weighted mean of x, [D].")
+    xx = _merged("xx", "Upper triangle of S, zeros below, [D, D].")
+    mean_y = _merged("mean_y", "Weighted mean of y, [T].")
+    xy = _merged("xy", "C, [D, T].")
+    yy = _merged("yy", "q, [T]; with full_y the upper triangle of Σ w (y-m_y)ᵀ(y-m_y), [T, T].")
+
+    def __init__(
+        self, dim_x: int, dim_y: int = 0, *, full_y: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        if dim_x < 1 or dim_y < 0:
+            raise ValueError(f"dim_x {dim_x}, dim_y {dim_y}: expected at least one column of x and none or more of y")
+        self.dim_x, self.dim_y, self.full_y, self.device = dim_x, dim_y, full_y, torch.device(device)
+        self.rows = self.dropped = 0
+        shapes = ((), (dim_x,), (dim_x, dim_x), (dim_y,), (dim_x, dim_y), (dim_y, dim_y) if full_y else (dim_y,))
+        self._state = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device)
+            for name, shape in zip(_STATE, shapes, strict=True)
+        }
+        self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+
+    def __repr__(self) -> str:
+        return f"Moments(dim_x={self.dim_x}, dim_y={self.dim_y}, full_y={self.full_y}, rows={self.rows})"
+
+    @property
+    def S(self) -> Tensor:
+        """Σ w (x-m_x)ᵀ(x-m_x), symmetric, [D, D] (a new tensor)."""
+        return _mirrored(self.xx)
+
+    @property
+    def C(self) -> Tensor:
+        """Σ w (x-m_x)ᵀ(y-m_y), [D, T]."""
+        return self.xy
+
+    @property
+    def Q(self) -> Tensor:
+        """Σ w (y-m_y)ᵀ(y-m_y), symmetric, [T, T] (a new tensor); needs full_y."""
+        if not self.full_y:
+            raise ValueError("only the diagonal of YᵀY was kept (.q): make the moments with full_y=True")
+        return _mirrored(self.yy)
+
+    @property
+    def q(self) -> Tensor:
+        """Σ w (y_j-m_yj)², [T]."""
+        return self.yy.diagonal() if self.full_y else self.yy
+
+    @property
+    def covariance(self) -> Tensor:
+        """S / count, [D, D]."""
+        return self.S / self.count
+
+    def update(
+        self,
+        x: Tensor,  # [N, D] float
+        y: Tensor | None = None,  # [N, T] float
+        *,
+        weight: Tensor | None = None,  # [N] >= 0
+        mask: Tensor | None = None,  # [N] bool, False = leave the row out, whatever it holds
+        nan: str = "raise",
+    ) -> Moments:
+        """Add a batch of rows and return self.
+
+        Rows with a NaN or an infinity raise ValueError, or are left out and counted in `dropped` with `nan="drop"`. After
+        any error the moments are what they were. Raises ValueError for shapes, dtypes, devices or weights that do not fit.
+        """
+        x, y, weight, kept = self._checked(x, y, weight, mask)
+        if nan not in ("raise", "drop"):
+            raise ValueError(f'nan={nan!r}: expected "raise" or "drop"')
+        bad = _not_finite(x) if y is None else _not_finite(x) | _not_finite(y)
+        if kept is not None:
+            bad &= kept
+        n_bad = int(bad.sum())
+        if n_bad and nan == "raise":
+            raise ValueError(
+                f"{n_bad} of {len(x)} rows hold NaN or infinity, the first is row {int(bad.nonzero()[0])}: repair them, "
+                'mask them out, or pass nan="drop" to leave them out and count them'
+            )
+        if n_bad:
+            kept = ~bad if kept is None else kept & ~bad
+        n_rows = len(x) if kept is None else int(kept.sum())
+        width = x[:1].nbytes + (0 if y is None else y[:1].nbytes)
+        if n_rows * width >= PENDING_BYTES or n_rows >= PENDING_ROWS:
+            self.flush()
+            self._run(x, y, _combined(weight, kept))
+        elif n_rows:
+            self._append(*(t if t is None else t.clone() if kept is None else t[kept] for t in (x, y, weight)))
+        self.rows += n_rows
+        self.dropped += n_bad
+        return self
+
+    def flush(self) -> Moments:
+        """Merge the rows that wait. Reading a moment does it; it may move the last digits of what follows."""
+        if self._pending:
+            self._run(*_joined(self._pending))
+            self._pending = []
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows that `other` has seen, in place."""
+        return self._combine(other, 1)
+
+    def subtract(self, other: Moments) -> Moments:
+        """Remove the rows that `other` has seen, in place: the inverse of `merge`, to rounding."""
+        left = float(self.count) - float(other.count)
+        if other.rows > self.rows or left < -1e-9 * float(self.count):
+            raise ValueError(
+                f"cannot take {other.rows} rows of weight {float(other.count):g} from {self.rows} rows of weight "
+                f"{float(self.count):g}: they were never merged in"
+            )
+        return self._combine(other, -1)
+
+    def copy(self) -> Moments:
+        """Independent moments with the same content."""
+        new = Moments(self.dim_x, self.dim_y, full_y=self.full_y, device=self.device)
+        new._state = {name: tensor.clone() for name, tensor in self._state.items()}
+        new._pending, new.rows, new.dropped = list(self._pending), self.rows, self.dropped
+        return new
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Moments:
+        """Merge over the ranks of `group`, in place: every rank then holds the moments of all rows. Call it once.
+
+        Two rounds: the counts and weighted means, then the products shifted to the common mean. A rank may be empty.
+        """
+        from torch import distributed
+
+        state = self.flush()._state
+        n = float(state["count"])
+        integers = torch.tensor([self.rows, self.dropped], device=self.device)
+        sums = torch.cat([state["count"].view(1), n * state["mean_x"], n * state["mean_y"]])
+        distributed.all_reduce(integers, group=group)
+        distributed.all_reduce(sums, group=group)
+        if float(sums[0]) == 0:
+            return self
+        common_x, common_y = (sums[1:] / sums[0]).split([self.dim_x, self.dim_y])
+        self._add_outer(state["mean_x"] - common_x, state["mean_y"] - common_y, n)
+        for name in ("xx", "xy", "yy"):
+            distributed.all_reduce(state[name], group=group)
+        state["count"].copy_(sums[0]), state["mean_x"].copy_(common_x), state["mean_y"].copy_(common_y)
+        self.rows, self.dropped = integers.tolist()
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on bit for bit, waiting rows included. Live tensors: clone what must not change."""
+        numbers = {"rows": torch.tensor(self.rows), "dropped": torch.tensor(self.dropped)}
+        waiting = dict(zip(_PENDING, _joined(self._pending), strict=True)) if self._pending else {}
+        return self._state | numbers | {name: tensor for name, tensor in waiting.items() if tensor is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a `state_dict` of moments of the same shape; raises ValueError, changing nothing, if it is another."""
+        expected = set(_STATE) | {"rows", "dropped"}
+        if not expected <= set(state) <= expected | set(_PENDING):
+            raise ValueError(f"not a state of Moments: it holds {sorted(state)}, expected {sorted(expected)}")
+        for name, mine in self._state.items():
+            if state[name].shape != mine.shape or state[name].dtype != mine.dtype:
+                raise ValueError(
+                    f"{name} is {state[name].dtype} {tuple(state[name].shape)}, expected {mine.dtype} {tuple(mine.shape)}: "
+                    "the state was saved from moments of other dimensions"
+                )
+        pending = []
+        if "pending_x" in state:
+            tensors = (state.get(name) for name in _PENDING)
+            x, y, weight = (t if t is None else t.to(self.device, copy=True) for t in tensors)
+            pending = [self._checked(x, y, weight, None)[:3]]
+        self._pending = pending
+        for name, mine in self._state.items():
+            mine.copy_(state[name])
+        self.rows, self.dropped = int(state["rows"]), int(state["dropped"])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; an interrupted write leaves the file that was there."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(state, temporary, metadata=FORMAT | {"full_y": str(int(self.full_y))})
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Moments:
+        """Read what `save` wrote; raises ValueError for any other file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}): save the moments again") from error
+        found = {key: metadata.get(key) for key in FORMAT}
+        if found != FORMAT or not {"mean_x", "mean_y"} <= set(state):
+            raise ValueError(f"{path} holds {found}, expected {FORMAT}: it was not written by this version of Moments.save")
+        full_y = metadata.get("full_y") == "1"
+        moments = cls(len(state["mean_x"]), len(state["mean_y"]), full_y=full_y, device=device)
+        moments.load_state_dict(state)
+        return moments
+
+    def _checked(self, x, y, weight, mask) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """x, y, weight without gradients, and which rows count (None: all)."""
+        if (y is None) != (self.dim_y == 0):
+            raise ValueError(f"these moments have dim_y={self.dim_y}, but y is {'missing' if y is None else 'given'}")
+        n = len(x) if x.dim() else -1
+        for name, rows, width in (("x", x, self.dim_x), ("y", y, self.dim_y)):
+            if rows is not None and (rows.shape != (n, width) or rows.dtype not in backends.DTYPE_CODES):
+                raise ValueError(
+                    f"{name} is {rows.dtype} {tuple(rows.shape)}, expected floats of shape ({max(n, 0)}, {width}); "
+                    "flatten leading dimensions with .flatten(0, -2)"
+                )
+        for name, values in (("weight", weight), ("mask", mask)):
+            if values is not None and values.shape != (n,):
+                raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({n},), one value per row")
+        if any(t is not None and t.device != x.device for t in (y, weight, mask)) or x.device.type != self.device.type:
+            devices = [str(t.device) for t in (x, y, weight, mask) if t is not None]
+            raise ValueError(f"inputs are on {', '.join(devices)}, these moments on {self.device}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask is {mask.dtype}, expected torch.bool; numbers go into weight")
+        kept = mask
+        if weight is not None:
+            weight = weight.detach().to(compute_dtype(x, y))
+            if not ((weight >= 0) & weight.isfinite()).all():
+                raise ValueError("weights must be finite and not negative")
+            kept = weight != 0 if mask is None else mask & (weight != 0)
+        return x.detach(), None if y is None else y.detach(), weight, kept
+
+    def _append(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> None:
+        if self._pending and any(
+            a is not None and a.dtype != b.dtype for a, b in zip((x, y), self._pending[0], strict=False)
+        ):
+            self.flush()
+        pending = [*self._pending, (x, y, weight)]
+        n_bytes = sum(t.nbytes for entry in pending for t in entry if t is not None)
+        if sum(len(entry[0]) for entry in pending) >= PENDING_ROWS or n_bytes >= PENDING_BYTES:
+            self._run(*_joined(pending))
+            pending = []
+        self._pending = pending
+
+    def _run(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> None:
+        state = [self._state[name] if self.dim_y or name in _STATE[:3] else None for name in _STATE]
+        torch.ops.chassis.moments_update_(*state, x, y, weight)
+
+    def _combine(self, other: Moments, sign: int) -> Moments:
+        shapes = [(m.dim_x, m.dim_y, m.full_y) for m in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"moments with (dim_x, dim_y, full_y) = {shapes[0]} and {shapes[1]} do not go together")
+        mine, theirs = self.flush()._state, other.flush()._state
+        n1, n2 = float(mine["count"]), sign * float(theirs["count"])
+        self.rows += sign * other.rows
+        self.dropped += sign * other.dropped
+        n = n1 + n2
+        if n2 == 0:
+            return self
+        if n <= 1e-9 * n1:
+            for tensor in mine.values():
+                tensor.zero_()
+            return self
+        shift_x, shift_y = (theirs[name].to(self.device) - mine[name] for name in ("mean_x", "mean_y"))
+        for name in ("xx", "xy", "yy"):
+            mine[name].add_(theirs[name].to(self.device), alpha=sign)
+        self._add_outer(shift_x, shift_y, n1 * n2 / n)
+        mine["mean_x"].add_(shift_x, alpha=n2 / n)
+        mine["mean_y"].add_(shift_y, alpha=n2 / n)
+        mine["count"].fill_(n)
+        return self
+
+    def _add_outer(self, dx: Tensor, dy: Tensor, factor: float) -> None:
+        """Add factor * [dx, dy]ᵀ[dx, dy] to the products."""
+        self._state["xx"].addr_(dx, dx, alpha=factor).triu_()
+        self._state["xy"].addr_(dx, dy, alpha=factor)
+        if self.full_y:
+            self._state["yy"].addr_(dy, dy, alpha=factor).triu_()
+        else:
+            self._state["yy"].addcmul_(dy, dy, value=factor)
+
+
+def moments_update_(
+    moments: Moments, x: Tensor, y: Tensor | None = None, *, weight: Tensor | None = None, mask: Tensor | None = None
+) -> Moments:
+    """One call of the op chassis::moments_update_: merge the batch now, without looking for NaN (see `Moments.update`)."""
+    x, y, weight, kept = moments._checked(x, y, weight, mask)
+    moments.flush()._run(x, y, _combined(weight, kept))
+    moments.rows += len(x) if kept is None else int(kept.sum())
+    return moments
+
+
+def _joined(batches: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    xs, ys, weights = zip(*batches, strict=True)
+    dtype = next((w.dtype for w in weights if w is not None), None)
+    if dtype is not None:
+        weights = [x.new_ones(len(x), dtype=dtype) if w is None else w for x, w in zip(xs, weights, strict=True)]
+    return torch.cat(xs), None if ys[0] is None else torch.cat(ys), None if dtype is None else torch.cat(weights)
+
+
+def _combined(weight: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    if kept is None:
+        return weight
+    return kept.float() if weight is None else torch.where(kept, weight, 0.0)
+
+
+def _not_finite(rows: Tensor) -> Tensor:
+    """[N] bool: rows holding NaN or infinity. Sums are cheap and miss none; rows whose sum overflows are looked at."""
+    bad = ~rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32).isfinite()
+    if bad.any():
+        bad[bad.clone()] = ~rows[bad].isfinite().all(1)
+    return bad
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    return upper + upper.triu(1).T
+
+
+def _cpu(count: Tensor, *args: Tensor | None) -> None:
+    *state, x, y, weight = args
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    rows = (backends.rows_contiguous(x), backends.rows_contiguous(y), weight)
+    backends._C.moments_update(*(backends.matrix_args(tensor) for tensor in (count.view(1), *state, *rows)))
+
+
+def _example(device: str) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    x, y, weight = (torch.rand(shape, generator=generator).to(device) for shape in ((5, 3), (5, 2), (5,)))
+    return *Moments(3, 2, device=device)._state.values(), x, y, weight
+
+
+backends.register(
+    "moments_update_(Tensor(a!) count, Tensor(b!) mean_x, Tensor(c!) xx, Tensor(d!)? mean_y, Tensor(e!)? xy, "
+    "Tensor(f!)? yy, Tensor x, Tensor? y, Tensor? weight) -> ()",
+    reference=reference.moments_update_,
+    fake=lambda *arguments: None,
+    example=_example,
+    inputs=slice(6, 8),
+    cpu=backends.Implementation(
+        _cpu,
+        frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        "portable, AVX2 and AVX-512 by tests/test_moments.py",
+    ),
+)
