@@ -113,7 +113,7 @@ def spectrum(axes: Axes, results: dict) -> bool:
         axes.axvline(rank, color=NO_OP, linewidth=1.2, linestyle=(0, (4, 3)))
         near_right = rank > 0.6 * len(values)
         axes.annotate(
-            f"rank {rank}: {share:.0%} of the sum",
+            f"rank {rank}: {share * 100:.0f} % of the sum",
             (rank, 0.96),
             xycoords=axes.get_xaxis_transform(),
             xytext=(-7 if near_right else 7, 0),
@@ -161,7 +161,7 @@ def bits_per_byte(axes: Axes, results: dict) -> bool:
     axes.grid(False)
     axes.tick_params(axis="y", length=0)
     gap = scores.get("gap_closed")
-    closed = f": {gap:.0%} of the gap closed" if _finite(gap) else ""
+    closed = f": {gap * 100:.0f} % of the gap closed" if _finite(gap) else ""
     axes.set(title=f"Bits per byte on held-out text{closed}", xlabel="bits per byte (lower is better)")
     return True
 
@@ -182,7 +182,7 @@ def _share_axis(axes: Axes, no_op: float | None) -> None:
         return
     right = axes.secondary_yaxis("right", functions=(lambda kl: 1 - kl / no_op, lambda share: (1 - share) * no_op))
     right.set_ylabel("share of the no-op KL removed")
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     right.spines["right"].set_visible(False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from chassis.files import write_folder
 
 CAPTIONS = {
-    "kl_by_rank": "KL of the adapter at each rank; the dashed line is what doing nothing scores, the right axis the share removed.",
+    "kl_by_rank": "KL of the adapter at each rank. Dashed: what doing nothing scores. Right axis: the share of it removed.",
     "kl_by_layer": "KL of the affine lens read off each layer; the last point is the input of the unembedding.",
-    "spectrum": "KL explained, to second order, by each direction of the full-rank change; the adapter keeps the shaded ones.",
+    "spectrum": "KL explained, to second order, by each direction of the full-rank change. The adapter keeps the shaded.",
     "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
     "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
 }
@@ -93,8 +93,8 @@ def _ranks(results: dict) -> Table:
         cells += [_number(row.get("bits_per_byte")), _share(row.get("gap_closed"))]
         rows.append(Row(cells + [_count(row.get("parameters")), _size(row.get("bytes"))], _if_chosen(row, results)))
     base = _number((results.get("bits_per_byte") or {}).get("base"))
-    first = Row(["no-op (base)", _kl(no_op), _number(no_op["kl"]), "0.0 %", _share(no_op.get("top1")), base, "0.0 %", "", ""], "noop")
-    return Table("Adapters by rank", columns, [first, *rows] if rows else [])
+    cells = ["no-op (base)", _kl(no_op), _number(no_op["kl"]), "0.0 %", _share(no_op.get("top1")), base, "0.0 %", "", ""]
+    return Table("Adapters by rank", columns, [Row(cells, "noop"), *rows] if rows else [])
 
 
 def _layers(results: dict) -> Table:
@@ -163,11 +163,12 @@ def _cards(results: dict) -> list[dict]:
         cards.append({"label": label, "value": value, "note": note})
 
     if chosen:
-        card("KL to the expert", _number(chosen["kl"]), f"no-op {_number(no_op['kl'])}: {_share(chosen.get('share_removed'))} removed")
-        card("Same first choice as the expert", _share(chosen.get("top1")), f"no-op {_share(no_op.get('top1'))}")
+        removed = f"no-op {_number(no_op['kl'])}: {_share(chosen.get('share_removed'))} removed"
+        card("KL to the expert", _number(chosen["kl"]), removed)
+        card("Top-1 agreement", _share(chosen.get("top1")), f"no-op {_share(no_op.get('top1'))}")
     if scores.get("adapted") is not None:
-        note = f"base {_number(scores.get('base'))}, expert {_number(scores.get('expert'))}: {_share(scores.get('gap_closed'))} of the gap"
-        card("Bits per byte", _number(scores["adapted"]), note)
+        ends = f"base {_number(scores.get('base'))}, expert {_number(scores.get('expert'))}"
+        card("Bits per byte", _number(scores["adapted"]), f"{ends}: {_share(scores.get('gap_closed'))} of the gap closed")
     if chosen and chosen.get("bytes") is not None:
         kind = f"rank {chosen['rank']}, {chosen['kind']}"
         card("Adapter on disk", _size(chosen["bytes"]), f"{_count(chosen.get('parameters'))} parameters, {kind}")
