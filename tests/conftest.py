@@ -2,6 +2,25 @@
 
 import pytest
 
+SMALL = {
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+BLOCKS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **SMALL}
+LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2, **BLOCKS}
+ARCHITECTURES = {
+    "llama": LLAMA_LIKE,
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **SMALL},
+    "gpt_neox": {"intermediate_size": 48, "rotary_pct": 0.5, **BLOCKS},
+    "qwen3": {"head_dim": 8, **LLAMA_LIKE},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, **LLAMA_LIKE},
+    "cohere": {"logit_scale": 0.25, **LLAMA_LIKE},
+    "granite": {"logits_scaling": 8.0, **LLAMA_LIKE},
+}
+
 
 @pytest.fixture(scope="session")
 def testbed():
@@ -9,3 +28,35 @@ def testbed():
     from chassis.testbed import build
 
     return build()
+
+
+@pytest.fixture(scope="session")
+def tiny_testbed():
+    """Models of a few training steps: for plumbing, not for figures."""
+    from chassis.testbed import build
+
+    return build(size="tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE of 300 tokens without a padding token."""
+    from chassis.testbed.tokenizers import byte_level
+
+    return byte_level(["the quick brown fox jumps over the lazy dog, " * 3, "def f(x):\n    return x + 1\n"] * 4, 300)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_tokenizer):
+    """Factory of random-weight models: `tiny_lm("llama", seed=0, tie_word_embeddings=False)`, width 32, three blocks."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(architecture: str = "llama", *, seed: int = 0, **overrides):
+        settings = {"vocab_size": len(tiny_tokenizer), **ARCHITECTURES[architecture], **overrides}
+        config = AutoConfig.for_model(architecture, **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config).eval()
+
+    return make

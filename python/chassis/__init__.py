@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    __version__ = version("chassis")
+    __version__ = version("chassis-kernels")
 except PackageNotFoundError:
     __version__ = "0+unknown"
 

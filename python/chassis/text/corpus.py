@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
+from chassis.errors import DataError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".parquet")
@@ -108,7 +108,7 @@ def split_of(document_id: str, fractions: Mapping[str, float] = DEFAULT_FRACTION
 def split_documents(
     documents: Iterable[Document], fractions: Mapping[str, float] = DEFAULT_FRACTIONS, salt: str = ""
 ) -> dict[str, list[Document]]:
-    """Documents by split, in the order they came; every name in `fractions` is a key, with an empty list if none fell there."""
+    """Documents by split, in the order they came; every name in `fractions` is a key, its list empty if none fell there."""
     splits: dict[str, list[Document]] = {name: [] for name in fractions}
     for document in documents:
         splits[split_of(document.id, fractions, salt)].append(document)

@@ -1,0 +1,7 @@
+"""Causal language models: load one safely, find its parts, read its hidden states."""
+
+from chassis.models.capture import Captured, capture
+from chassis.models.head import Head, inspect_head
+from chassis.models.loading import load_causal_lm, vocabulary_hash
+
+__all__ = ["Captured", "Head", "capture", "inspect_head", "load_causal_lm", "vocabulary_hash"]
