@@ -3,8 +3,8 @@
     S = Σ w (x-m_x)ᵀ(x-m_x)    C = Σ w (x-m_x)ᵀ(y-m_y)    q_j = Σ w (y_j-m_yj)²    m = Σ w x / Σ w
 
 Each batch is centred with its own mean and multiplied in float32 (float64 rows: float64), then merged in float64 by the
-pairwise update of Chan, Golub & LeVeque (1983). Only one triangle of S is computed. Rows that come in small batches wait
-until `PENDING_ROWS` of them can be merged at once: reading all of S and C costs as much as multiplying some hundred rows.
+pairwise update of Chan, Golub & LeVeque (1983). Only one triangle of S is computed. Small batches wait, as copies, until
+some of them are worth a merge (`rows.PENDING_ROWS` rows or `rows.PENDING_BYTES` bytes).
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, rows
 from chassis_kernels.reference import moments as reference
-from chassis_kernels.reference.precision import compute_dtype
 
-PENDING_ROWS = 1024
-PENDING_BYTES = 32 << 20
 FORMAT = {"format": "chassis.moments", "version": "1"}
 _STATE = ("count", "mean_x", "xx", "mean_y", "xy", "yy")
 _PENDING = ("pending_x", "pending_y", "pending_weight")
@@ -57,7 +54,7 @@ class Moments:
             name: torch.zeros(shape, dtype=torch.float64, device=device)
             for name, shape in zip(_STATE, shapes, strict=True)
         }
-        self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        self._pending: list[rows.Batch] = []
 
     def __repr__(self) -> str:
         return f"Moments(dim_x={self.dim_x}, dim_y={self.dim_y}, full_y={self.full_y}, rows={self.rows})"
@@ -103,10 +100,10 @@ class Moments:
         Rows with a NaN or an infinity raise ValueError, or are left out and counted in `dropped` with `nan="drop"`. After
         any error the moments are what they were. Raises ValueError for shapes, dtypes, devices or weights that do not fit.
         """
-        x, y, weight, kept = self._checked(x, y, weight, mask)
+        batch, kept = self._checked(x, y, weight, mask)
         if nan not in ("raise", "drop"):
             raise ValueError(f'nan={nan!r}: expected "raise" or "drop"')
-        bad = _not_finite(x) if y is None else _not_finite(x) | _not_finite(y)
+        bad = rows.not_finite(batch[0]) if y is None else rows.not_finite(batch[0]) | rows.not_finite(batch[1])
         if kept is not None:
             bad &= kept
         n_bad = int(bad.sum())
@@ -118,12 +115,12 @@ class Moments:
         if n_bad:
             kept = ~bad if kept is None else kept & ~bad
         n_rows = len(x) if kept is None else int(kept.sum())
-        width = x[:1].nbytes + (0 if y is None else y[:1].nbytes)
-        if n_rows * width >= PENDING_BYTES or n_rows >= PENDING_ROWS:
-            self.flush()
-            self._run(x, y, _combined(weight, kept))
+        if n_rows == len(x) and rows.ready([batch]):
+            self.flush()._run(batch)
+        elif n_rows >= rows.PENDING_ROWS:
+            self.flush()._run(rows.zero_weighted(batch, kept))
         elif n_rows:
-            self._append(*(t if t is None else t.clone() if kept is None else t[kept] for t in (x, y, weight)))
+            self._append(rows.selected(batch, kept))
         self.rows += n_rows
         self.dropped += n_bad
         return self
@@ -131,7 +128,7 @@ class Moments:
     def flush(self) -> Moments:
         """Merge the rows that wait. Reading a moment does it; it may move the last digits of what follows."""
         if self._pending:
-            self._run(*_joined(self._pending))
+            self._run(rows.joined(self._pending))
             self._pending = []
         return self
 
@@ -182,7 +179,7 @@ class Moments:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on bit for bit, waiting rows included. Live tensors: clone what must not change."""
         numbers = {"rows": torch.tensor(self.rows), "dropped": torch.tensor(self.dropped)}
-        waiting = dict(zip(_PENDING, _joined(self._pending), strict=True)) if self._pending else {}
+        waiting = dict(zip(_PENDING, rows.joined(self._pending), strict=True)) if self._pending else {}
         return self._state | numbers | {name: tensor for name, tensor in waiting.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -200,7 +197,7 @@ class Moments:
         if "pending_x" in state:
             tensors = (state.get(name) for name in _PENDING)
             x, y, weight = (t if t is None else t.to(self.device, copy=True) for t in tensors)
-            pending = [self._checked(x, y, weight, None)[:3]]
+            pending = [self._checked(x, y, weight, None)[0]]
         self._pending = pending
         for name, mine in self._state.items():
             mine.copy_(state[name])
@@ -241,48 +238,21 @@ class Moments:
         moments.load_state_dict(state)
         return moments
 
-    def _checked(self, x, y, weight, mask) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """x, y, weight without gradients, and which rows count (None: all)."""
-        if (y is None) != (self.dim_y == 0):
-            raise ValueError(f"these moments have dim_y={self.dim_y}, but y is {'missing' if y is None else 'given'}")
-        n = len(x) if x.dim() else -1
-        for name, rows, width in (("x", x, self.dim_x), ("y", y, self.dim_y)):
-            if rows is not None and (rows.shape != (n, width) or rows.dtype not in backends.DTYPE_CODES):
-                raise ValueError(
-                    f"{name} is {rows.dtype} {tuple(rows.shape)}, expected floats of shape ({max(n, 0)}, {width}); "
-                    "flatten leading dimensions with .flatten(0, -2)"
-                )
-        for name, values in (("weight", weight), ("mask", mask)):
-            if values is not None and values.shape != (n,):
-                raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({n},), one value per row")
-        if any(t is not None and t.device != x.device for t in (y, weight, mask)) or x.device.type != self.device.type:
-            devices = [str(t.device) for t in (x, y, weight, mask) if t is not None]
-            raise ValueError(f"inputs are on {', '.join(devices)}, these moments on {self.device}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask is {mask.dtype}, expected torch.bool; numbers go into weight")
-        kept = mask
-        if weight is not None:
-            weight = weight.detach().to(compute_dtype(x, y))
-            if not ((weight >= 0) & weight.isfinite()).all():
-                raise ValueError("weights must be finite and not negative")
-            kept = weight != 0 if mask is None else mask & (weight != 0)
-        return x.detach(), None if y is None else y.detach(), weight, kept
+    def _checked(self, x, y, weight, mask) -> tuple[rows.Batch, Tensor | None]:
+        return rows.checked(x, y, weight, mask, widths=(self.dim_x, self.dim_y), device=self.device)
 
-    def _append(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> None:
-        if self._pending and any(
-            a is not None and a.dtype != b.dtype for a, b in zip((x, y), self._pending[0], strict=False)
-        ):
+    def _append(self, batch: rows.Batch) -> None:
+        if self._pending and not rows.same_dtypes(batch, self._pending[0]):
             self.flush()
-        pending = [*self._pending, (x, y, weight)]
-        n_bytes = sum(t.nbytes for entry in pending for t in entry if t is not None)
-        if sum(len(entry[0]) for entry in pending) >= PENDING_ROWS or n_bytes >= PENDING_BYTES:
-            self._run(*_joined(pending))
+        pending = [*self._pending, batch]
+        if rows.ready(pending):
+            self._run(rows.joined(pending))
             pending = []
         self._pending = pending
 
-    def _run(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> None:
+    def _run(self, batch: rows.Batch) -> None:
         state = [self._state[name] if self.dim_y or name in _STATE[:3] else None for name in _STATE]
-        torch.ops.chassis.moments_update_(*state, x, y, weight)
+        torch.ops.chassis.moments_update_(*state, *batch)
 
     def _combine(self, other: Moments, sign: int) -> Moments:
         shapes = [(m.dim_x, m.dim_y, m.full_y) for m in (self, other)]
@@ -322,32 +292,10 @@ def moments_update_(
     moments: Moments, x: Tensor, y: Tensor | None = None, *, weight: Tensor | None = None, mask: Tensor | None = None
 ) -> Moments:
     """One call of the op chassis::moments_update_: merge the batch now, without looking for NaN (see `Moments.update`)."""
-    x, y, weight, kept = moments._checked(x, y, weight, mask)
-    moments.flush()._run(x, y, _combined(weight, kept))
+    batch, kept = moments._checked(x, y, weight, mask)
+    moments.flush()._run(rows.zero_weighted(batch, kept))
     moments.rows += len(x) if kept is None else int(kept.sum())
     return moments
-
-
-def _joined(batches: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    xs, ys, weights = zip(*batches, strict=True)
-    dtype = next((w.dtype for w in weights if w is not None), None)
-    if dtype is not None:
-        weights = [x.new_ones(len(x), dtype=dtype) if w is None else w for x, w in zip(xs, weights, strict=True)]
-    return torch.cat(xs), None if ys[0] is None else torch.cat(ys), None if dtype is None else torch.cat(weights)
-
-
-def _combined(weight: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    if kept is None:
-        return weight
-    return kept.float() if weight is None else torch.where(kept, weight, 0.0)
-
-
-def _not_finite(rows: Tensor) -> Tensor:
-    """[N] bool: rows holding NaN or infinity. Sums are cheap and miss none; rows whose sum overflows are looked at."""
-    bad = ~rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32).isfinite()
-    if bad.any():
-        bad[bad.clone()] = ~rows[bad].isfinite().all(1)
-    return bad
 
 
 def _mirrored(upper: Tensor) -> Tensor:
@@ -357,8 +305,8 @@ def _mirrored(upper: Tensor) -> Tensor:
 def _cpu(count: Tensor, *args: Tensor | None) -> None:
     *state, x, y, weight = args
     weight = None if weight is None else weight.to(torch.float32).contiguous()
-    rows = (backends.rows_contiguous(x), backends.rows_contiguous(y), weight)
-    backends._C.moments_update(*(backends.matrix_args(tensor) for tensor in (count.view(1), *state, *rows)))
+    batch = (backends.rows_contiguous(x), backends.rows_contiguous(y), weight)
+    backends._C.moments_update(*(backends.matrix_args(tensor) for tensor in (count.view(1), *state, *batch)))
 
 
 def _example(device: str) -> tuple:
