@@ -2,13 +2,7 @@
 
 import pytest
 
-SMALL = {
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SMALL = {"initializer_range": 0.2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0}
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **SMALL}
 LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2, **BLOCKS}
 ARCHITECTURES = {

@@ -179,7 +179,7 @@ def test_vocabulary_hash_sees_every_token(tiny_tokenizer, testbed):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(ChassisError, match="no such model folder"):
+    with pytest.raises(ChassisError, match="no such folder"):
         load_causal_lm(tmp_path / "absent")
 
 

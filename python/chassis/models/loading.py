@@ -88,9 +88,7 @@ def _config(name: str, revision: str | None):
             "models that bring their own code are not loaded"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name}: a {config.model_type!r} model is not a causal LM; expected one that predicts the next token"
-        )
+        raise ModelError(f"{name}: a {config.model_type!r} model is not a causal LM; expected a next-token predictor")
     return config
 
 
@@ -136,7 +134,7 @@ def _unreachable(name: str, revision: str | None, error: Exception) -> str:
     at = f" at revision {revision!r}" if revision else ""
     return (
         f"{name}{at}: cannot be loaded ({_first_line(error)}). For a local model give its folder; for one on the hub check "
-        "the name, the network and your login, or download it where there is a network (hf download) and set HF_HUB_OFFLINE=1"
+        "the name, the network and your login, or download it elsewhere (hf download) and set HF_HUB_OFFLINE=1"
     )
 
 

@@ -14,12 +14,11 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ChassisError
-from ..text.corpus import Document
+from chassis.errors import ChassisError
+from chassis.text.corpus import Document
 
 HELD_OUT = ("fit", "validation", "test")
 DOMAINS = ("source", "prose")
@@ -29,9 +28,9 @@ DOMAINS = ("source", "prose")
 class Testbed:
     """Folders of the three models, and documents by domain ("source", "prose") and split.
 
-    `documents` holds the splits "fit", "validation" and "test", which no model has seen; `training` the documents the models were
-    trained on. `manifest` tells steps, seconds, parameters and bits per byte on unseen text of each model.
-    `data / "source_fit.jsonl"` and its like hold the same documents as files.
+    `documents` holds the splits "fit", "validation" and "test", which no model has seen; `training` the documents that the
+    models were trained on; `data / "source_fit.jsonl"` and its like are the same documents as files. `manifest` tells the
+    steps, seconds, parameters and bits per byte on unseen text of each model under `manifest["models"]["base"]` and so on.
     """
 
     base: Path
@@ -72,7 +71,7 @@ def cache_folder(size: str = "small") -> Path:
     """Where the testbed of this recipe, Python and torch lives: under $CHASSIS_CACHE, else the user's cache directory."""
     import torch
 
-    from .recipe import RECIPES
+    from chassis.testbed.recipe import RECIPES
 
     if size not in RECIPES:
         raise ChassisError(f"testbed size {size!r}: expected one of {', '.join(map(repr, RECIPES))}")
@@ -87,8 +86,8 @@ def _build_once(folder: Path, size: str, progress: bool) -> None:
     """Train in a folder beside the final one and rename it when all is there; a lock keeps a second process waiting."""
     from filelock import FileLock
 
-    from .recipe import RECIPES
-    from .make import make
+    from chassis.testbed.make import make
+    from chassis.testbed.recipe import RECIPES
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,13 +99,13 @@ def _build_once(folder: Path, size: str, progress: bool) -> None:
             working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
                 make(working, RECIPES[size], progress)
+                shutil.rmtree(folder, ignore_errors=True)
                 os.replace(working, folder)
             finally:
                 shutil.rmtree(working, ignore_errors=True)
-    except PermissionError as error:
-        raise ChassisError(
-            f"cannot write the testbed to {folder} ({error.strerror}); set CHASSIS_CACHE to a folder you may write to"
-        ) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ChassisError(f"cannot write the testbed to {folder} ({reason}); set CHASSIS_CACHE to another folder") from error
 
 
 def _read(path: Path) -> list[Document]:

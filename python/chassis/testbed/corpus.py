@@ -5,6 +5,8 @@ A module's docstrings always fall in the split of the module itself, and text th
 splitting, so that nothing held out has a near copy among what a model was trained on.
 """
 
+from __future__ import annotations
+
 import ast
 import sysconfig
 import tokenize
@@ -12,11 +14,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..text.corpus import Document, split_of
+from chassis.text.corpus import Document, split_of
 
 SPLITS = {"train": 0.5, "fit": 0.3, "validation": 0.07, "test": 0.13}
 SALT = "testbed"
-EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "encodings", "pydoc_data", "ensurepip"}
+# Not part of every installation, or tables rather than text.
+EXCLUDED = set("site-packages dist-packages __pycache__ test tests idlelib encodings pydoc_data ensurepip".split())
 MIN_CHARACTERS, MAX_CHARACTERS = 800, 32_000
 MAX_REPEATED = 0.2  # share of a module's lines that earlier modules may already hold
 

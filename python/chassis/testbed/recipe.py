@@ -1,34 +1,41 @@
 """What the testbed is made of: three models, their sizes and their schedules. Changing a figure makes a new cache entry."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-MODELS = ("base", "expert", "other_expert")
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and the peak learning rates of AdamW and, for the matrices inside the blocks, of Muon (None: AdamW for all)."""
+
+    steps: int
+    rate: float
+    muon_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Vocabulary sizes in tokens, widths in dimensions, a batch of `batch` windows of `length` tokens, seeds fixed."""
+    """Vocabularies in tokens, widths in dimensions; a step is a batch of `batch` windows of `length` tokens."""
 
     base_vocabulary: int = 2048
     base_width: int = 128
     base_layers: int = 3
-    base_steps: int = 600
-    base_rate: float = 3e-3
-    expert_steps: int = 250
-    expert_rate: float = 1e-3
+    base: Schedule = Schedule(600, 3e-3)
+    expert: Schedule = Schedule(250, 1e-3)
     other_vocabulary: int = 3072
     other_width: int = 192
     other_layers: int = 4
-    other_steps: int = 450
-    other_rate: float = 3e-3
+    # By AdamW alone the deeper model ends at 2.39 bits per byte of unseen source instead of 2.01.
+    other_expert: Schedule = Schedule(450, 6e-3, muon_rate=1e-2)
     batch: int = 16
     length: int = 128
-    evaluation_characters: int = 3_000
-    version: int = 1
+    scored_characters: int = 3_000
+    version: int = 2
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict:
         return asdict(self)
 
 
@@ -38,21 +45,21 @@ RECIPES = {
         base_vocabulary=512,
         base_width=32,
         base_layers=2,
-        base_steps=30,
-        expert_steps=15,
+        base=Schedule(60, 1e-2),
+        expert=Schedule(30, 3e-3),
         other_vocabulary=640,
         other_width=48,
         other_layers=2,
-        other_steps=30,
+        other_expert=Schedule(60, 1e-2),
         batch=8,
         length=64,
-        evaluation_characters=600,
+        scored_characters=500,
     ),
 }
 
 
 def base_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Llama with an unembedding of its own."""
+    """Llama with an unembedding of its own, so that fitted changes of the head leave its input embedding alone."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.base_width,

@@ -1,5 +1,7 @@
 """The two tokenizers of the testbed, trained on its text: one as SentencePiece-style models use, one as GPT-2's heirs do."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 
@@ -49,7 +51,7 @@ def byte_level(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def _plain_byte_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The trainer lists reserved tokens as special ones, which would be matched inside raw text: keep them in the vocabulary only."""
+    """Take the byte tokens off the list of special ones, where the trainer puts them and raw text would match them."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in set(BYTES)]
     return Tokenizer.from_str(json.dumps(state))

@@ -1,8 +1,11 @@
 """Train a small causal LM on the CPU in a minute or two, and measure it in bits per byte."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,48 +13,64 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..text.corpus import Document
+from chassis.testbed.recipe import Schedule
+from chassis.text.corpus import Document
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 HEAP_LIMIT = 32 * 2**20  # the largest mmap threshold glibc takes on 64 bits
+MOST_THREADS = 8  # more only wait for each other in products this small
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> torch.Tensor:
-    """Tokens [N] int64 of all documents, each opened by the tokenizer's own start token, if any, and closed by its end token."""
-    encoded = tokenizer([d.text for d in documents], return_attention_mask=False)["input_ids"]
+    """Tokens [N] int64 of all documents, each opened as the tokenizer opens a text and closed by its end token."""
+    encoded = tokenizer([d.text for d in documents], split_special_tokens=True)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)])
 
 
 def train(
     model: PreTrainedModel,
     streams: Sequence[torch.Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
+    schedule: Schedule,
     batch: int,
     length: int,
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """One-cycle AdamW for `steps` batches of `batch` windows of `length` tokens, drawn in turn from `streams` [N]."""
+    """One cycle of the schedule over batches of `batch` windows of `length` tokens, drawn in turn from the streams [N]."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    optimizers = _optimizers(model, schedule)
+    cycles = [
+        torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], schedule.steps, pct_start=0.1, cycle_momentum=False)
+        for o in optimizers
+    ]
     window = torch.arange(length + 1)
     model.train()
-    for step in range(steps):
+    for step in range(schedule.steps):
         stream = streams[step % len(streams)]
         starts = torch.randint(len(stream) - length, (batch, 1), generator=generator)
         tokens = stream[starts + window]
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, cycle in zip(optimizers, cycles, strict=True):
+            optimizer.step()
+            cycle.step()
+            optimizer.zero_grad()
         advance()
     model.eval()
+
+
+def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    adamw = {"lr": schedule.rate, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    if schedule.muon_rate is None:
+        return [torch.optim.AdamW(model.parameters(), **adamw)]
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+    chosen = {id(p) for p in inner}
+    return [
+        torch.optim.Muon(inner, lr=schedule.muon_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], **adamw),
+    ]
 
 
 @torch.no_grad()
@@ -66,7 +85,7 @@ def bits_per_byte(
     nats, half = 0.0, length // 2
     windows = []
     for document in documents:
-        ids = [start, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
+        ids = [start, *tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
         for begin in range(0, max(len(ids) - 1 - half, 1), half):
             part = ids[begin : begin + length + 1]
             scored = len(part) - 1 if begin == 0 else len(part) - 1 - half
@@ -84,10 +103,13 @@ def bits_per_byte(
 
 
 @contextlib.contextmanager
-def tuned_cpu(threads: int) -> Iterator[None]:
-    """Run with `threads` threads and, on glibc, with the buffers of a training step reused instead of returned to the system."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def tuned_cpu() -> Iterator[None]:
+    """Use the cores there are and, on glibc, reuse the buffers of a training step instead of returning them to the system.
+
+    The random state, the number of threads and, but for its adapting thresholds, malloc are afterwards as before.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(available_cores(), MOST_THREADS))
     mallopt = ctypes.CDLL(None).mallopt if platform.libc_ver()[0] == "glibc" else None
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, HEAP_LIMIT)
@@ -96,7 +118,13 @@ def tuned_cpu(threads: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
         if mallopt:
             mallopt(M_MMAP_THRESHOLD, 128 * 1024)
             mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+
+
+def available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -4,6 +4,8 @@ A document's id is the hash of its text, and its split is a hash of its id. So a
 it was found, and adding, removing or reordering documents never moves another one to a different split.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +29,7 @@ class Document:
     source: str
 
     @classmethod
-    def from_text(cls, text: str, source: str) -> "Document":
+    def from_text(cls, text: str, source: str) -> Document:
         return cls(document_id(text), text, source)
 
 
