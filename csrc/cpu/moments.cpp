@@ -24,6 +24,7 @@ constexpr int64_t kSumRows = 1024;     // rows per partial column sum
 constexpr int64_t kSlabBytes = 32 << 20;
 constexpr int64_t kDot = 192;          // rows summed at a time: with 384 the diagonal's error doubles
 constexpr int64_t kBlockPanels = 4;    // B panels a job keeps in L2
+constexpr int64_t kAlone = 1 << 16;    // values read, or 32 multiply-adds each, that one thread does sooner than several
 
 using Buffer = std::unique_ptr<float, decltype(&std::free)>;
 Buffer allocate(int64_t floats) {
@@ -72,7 +73,7 @@ void find_means(Side& side, const Rows& rows) {
   const int64_t groups = (columns + kGroup - 1) / kGroup;
   std::vector<double> partial(chunks * columns);
   side.typed([&](auto* data) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows.n * columns > kAlone)
     for (int64_t unit = 0; unit < chunks * groups; ++unit) {
       const int64_t chunk = unit / groups, first = unit % groups * kGroup, count = std::min(kGroup, columns - first);
       double* sums = partial.data() + chunk * columns + first;
@@ -100,7 +101,7 @@ void pack_slab(const Side& side, const Rows& rows, int64_t begin, int64_t depth)
   side.typed([&](auto* data) {
     Operand<std::remove_const_t<std::remove_pointer_t<decltype(data)>>> all{data, 1, side.rows.stride, side.centre.data()};
     if (!rows.index.empty()) all.index = rows.index.data(), all.weight = rows.weight.data();
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (depth * columns > kAlone)
     for (int64_t unit = 0; unit < chunks * groups; ++unit) {
       const int64_t k = unit / groups * kPackRows, count = std::min(kPackRows, depth - k);
       const int64_t first = unit % groups * kGroup, last = std::min(columns, first + kGroup);
@@ -210,7 +211,7 @@ void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx,
 
     // The rank-one terms belong to the batch, not to a slab: they go in once.
     const double merge = begin ? 0 : n1 * rows.total / n, total = begin ? 0 : rows.total;
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (depth * x.cols * (x.cols + y.cols) / 32 > kAlone)
     for (int64_t unit = 0; unit < int64_t(jobs.size()) + squares; ++unit) {
       if (unit < squares)
         run_squares(side_y, rows, unit * kNr, begin, depth, merge, total, static_cast<double*>(yy.data));
