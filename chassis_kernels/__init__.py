@@ -1,1 +1,20 @@
-"""Streaming moments, delta-logit and KL kernels with eager PyTorch references."""
+"""Streaming moments, delta-logit and KL kernels, each with an eager PyTorch reference. Needs torch alone to import."""
+
+from chassis_kernels.backends import BackendError, capabilities, use_backend
+from chassis_kernels.delta_logits import delta_logits, delta_logits_
+from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
+from chassis_kernels.moments import Moments, moments_update_
+
+__all__ = [
+    "BackendError",
+    "Delta",
+    "LinearKLStats",
+    "Moments",
+    "capabilities",
+    "delta_logits",
+    "delta_logits_",
+    "linear_kl",
+    "mean_probabilities",
+    "moments_update_",
+    "use_backend",
+]

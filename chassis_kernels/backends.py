@@ -163,6 +163,11 @@ def capabilities() -> list[dict]:
     return rows
 
 
+def cpu_isa() -> str:
+    """Which variant of the C++ kernels runs here: "avx512", "avx2", "portable", or "none" when they are not built."""
+    return "none" if _C is None else _C.isa()
+
+
 def matrix_args(tensor: torch.Tensor | None) -> tuple[int, int, int, int, int] | None:
     """A 1-D or 2-D tensor as the extension takes it: (pointer, rows, columns, row stride, dtype code).
 

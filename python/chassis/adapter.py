@@ -1,0 +1,170 @@
+"""A delta-logit adapter: a rank-r affine map from the base's final hidden state to a change of its logits.
+
+    delta(h)[cols] = ((h - mean) U) V + bias        U [D, r], V [r, K], bias [K], mean [D], cols [K] or all V columns
+
+The change is added to what the unembedding puts out, before any logit scale or soft cap. `chassis.attach` plugs an
+adapter into a model, `chassis.export` folds it into a checkpoint or writes it as a PEFT LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from chassis.errors import ChassisError
+from chassis.files import write_folder
+
+FORMAT = "chassis-adapter-1"
+FILES = ("adapter.safetensors", "config.json")
+TENSORS = ("U", "V", "bias", "mean", "constant")
+
+
+@dataclass
+class AdapterConfig:
+    """What an adapter was fitted on and how well it did; KLs in nats per token on validation documents."""
+
+    base: str = ""
+    expert: str = ""
+    vocabulary_hash: str = ""
+    width: int = 0
+    vocab_size: int = 0
+    rank: int = 0
+    space: str = "final"
+    positions: str = "all"
+    data_fingerprint: str = ""
+    n_rows: int = 0
+    no_op_kl: float = float("nan")
+    kl: float = float("nan")
+    refined: bool = False
+    format: str = FORMAT
+
+
+@dataclass
+class Adapter:
+    """U [D, r], V [r, K], bias [K], mean [D], constant [D] in fp32; cols [K] int64 or None for the whole vocabulary.
+
+    `constant` is the direction w with h w nearest to 1 over the fitted rows: what stands in for the bias where an output
+    head cannot hold one (`fold_bias`).
+    """
+
+    U: torch.Tensor
+    V: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    constant: torch.Tensor
+    cols: torch.Tensor | None = None
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def __post_init__(self) -> None:
+        rank, columns = self.V.shape
+        if self.U.shape[1] != rank:
+            raise ChassisError(f"U is {list(self.U.shape)} and V is {list(self.V.shape)}: their ranks must agree")
+        width = self.U.shape[0]
+        for name, size in (("bias", columns), ("mean", width), ("constant", width), ("cols", columns)):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != (size,):
+                raise ChassisError(f"{name} is {list(tensor.shape)}, expected [{size}] (U is {list(self.U.shape)})")
+        self.config.width, self.config.rank = width, rank
+        self.config.vocab_size = self.config.vocab_size or columns
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def n_parameters(self) -> int:
+        return self.U.numel() + self.V.numel() + self.bias.numel() + self.mean.numel()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is stored, by name."""
+        named = {name: getattr(self, name) for name in (*TENSORS, "cols")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def truncate(self, rank: int) -> Adapter:
+        """The same fit at a smaller rank: directions are stored in order of what they explain."""
+        if not 0 <= rank <= self.rank:
+            raise ChassisError(f"rank {rank} of an adapter of rank {self.rank}: expected 0..{self.rank}")
+        config = dataclasses.replace(self.config, rank=rank)
+        return dataclasses.replace(self, U=self.U[:, :rank].contiguous(), V=self.V[:rank].contiguous(), config=config)
+
+    def fold_bias(self) -> Adapter:
+        """The nearest adapter without mean and bias, of rank r+1: h [U, w] [V; bias - mean U V] with w = `constant`."""
+        offset = self.bias - (self.mean @ self.U) @ self.V
+        return dataclasses.replace(
+            self,
+            U=torch.cat([self.U, self.constant[:, None]], 1),
+            V=torch.cat([self.V, offset[None]]),
+            bias=torch.zeros_like(self.bias),
+            mean=torch.zeros_like(self.mean),
+            config=dataclasses.replace(self.config),
+        )
+
+    def to(self, device: torch.device | str) -> Adapter:
+        """A copy on `device`."""
+        return Adapter(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, config=self.config)
+
+    def full_columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(V [r, vocabulary], bias [vocabulary]) with zeros in the columns the adapter leaves alone."""
+        if self.cols is None:
+            return self.V, self.bias
+        v = self.V.new_zeros(self.rank, self.config.vocab_size).index_add_(1, self.cols, self.V)
+        bias = self.bias.new_zeros(self.config.vocab_size).index_add_(0, self.cols, self.bias)
+        return v, bias
+
+    def check_base(self, *, width: int, vocab_size: int, vocabulary_hash: str = "") -> None:
+        """Raise ChassisError unless this adapter was made for a base of this width and vocabulary."""
+        if width != self.config.width:
+            raise ChassisError(
+                f"the adapter expects hidden states of width {self.config.width} (fitted on {self.config.base!r}), "
+                f"this base has width {width}: attach it to the base it was fitted on"
+            )
+        if vocab_size != self.config.vocab_size:
+            raise ChassisError(
+                f"the adapter changes a vocabulary of {self.config.vocab_size} tokens, this base has {vocab_size}: "
+                f"attach it to the base it was fitted on ({self.config.base!r})"
+            )
+        if vocabulary_hash and self.config.vocabulary_hash and vocabulary_hash != self.config.vocabulary_hash:
+            raise ChassisError(
+                f"the adapter was fitted for vocabulary {self.config.vocabulary_hash[:12]}, this base's tokenizer is "
+                f"{vocabulary_hash[:12]}: the token ids mean other strings; use the tokenizer of {self.config.base!r}"
+            )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write adapter.safetensors and config.json; both or, if the disk fails, neither."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
+        config = json.dumps(dataclasses.asdict(self.config), indent=2)
+        return write_folder(folder, {FILES[0]: tensors, FILES[1]: config})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Read what `save` wrote; safetensors only, so loading cannot run code. Raises ChassisError for anything else."""
+        folder = Path(folder)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise ChassisError(f"{folder} holds no adapter: {name} is missing (expected {' and '.join(FILES)})")
+        try:
+            raw = json.loads((folder / FILES[1]).read_text())
+            tensors = load_file(folder / FILES[0])
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ChassisError(f"{folder}: damaged or truncated adapter ({error}); fit or copy it again") from error
+        if raw.get("format") != FORMAT:
+            raise ChassisError(f"{folder}: format {raw.get('format')!r}, this version reads {FORMAT!r}")
+        names = {item.name for item in dataclasses.fields(AdapterConfig)}
+        config = AdapterConfig(**{key: value for key, value in raw.items() if key in names})
+        missing = [name for name in TENSORS if name not in tensors]
+        if missing:
+            raise ChassisError(f"{folder}: {FILES[0]} lacks {', '.join(missing)}; fit or copy the adapter again")
+        adapter = cls(**{name: tensors[name] for name in (*TENSORS, "cols") if name in tensors}, config=config)
+        if (adapter.config.width, adapter.config.rank) != (raw["width"], raw["rank"]):
+            raise ChassisError(f"{folder}: config says {raw['width']} x {raw['rank']}, the tensors {list(adapter.U.shape)}")
+        return adapter

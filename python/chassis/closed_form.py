@@ -1,0 +1,149 @@
+"""The adapter in closed form: the rank-r change of logits nearest to the full-rank one, in the metric of the KL.
+
+With A the lens from the base's final state to the expert's, the full-rank change is B = L R^T, R the joint unembedding
+[W_E, W_U] and L = [A, -I] (or A - I on a shared unembedding): a factor pair, never a D x V matrix. To second order the
+KL of changing logits by d is d F d^T / 2 with F = diag(p̄) - p̄ p̄^T the softmax Fisher at the mean probabilities, so that
+the best rank r minimises tr(Σ (B - B_r) F (B - B_r)^T), Σ the covariance of the base's states. Solution: P the leading
+eigenvectors of Σ^½ B F B^T Σ^½ [D, D], and
+
+    U = Σ^-½ P_r        V = P_r^T Σ^½ L R^T        bias = mean change of the logits
+
+one factorisation for every rank. Cost O(V (D+E)^2 + D^3). Source: reduced-rank regression (Izenman 1975) in the Fisher
+metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from chassis.adapter import Adapter
+from chassis.errors import ChassisError
+from chassis.statistics import Statistics
+from chassis_kernels import ridge
+
+TILE = 2048  # rows of an unembedding taken to fp64 at a time
+
+
+@dataclass
+class ClosedForm:
+    """A factorised change of logits. `spectrum` [D]: nats explained by each direction, to second order, descending."""
+
+    statistics: Statistics
+    solution: ridge.RidgeSolution
+    spectrum: torch.Tensor
+    directions: torch.Tensor  # P [D, D], in whitened coordinates
+    left: torch.Tensor  # Σ^-½ P [D, D]
+    right: torch.Tensor  # P^T Σ^½ L [D, M]
+    joint: tuple[torch.Tensor, ...]  # R [V, M] as the matrices that stand side by side in it
+    constant: torch.Tensor  # w [D]: h w is nearest to 1
+
+    def adapter(self, rank: int, columns: int | None = None) -> Adapter:
+        """The adapter of this rank, over all tokens or over the `columns` tokens whose change matters most.
+
+        Raises ChassisError for a rank above the width of the base or more columns than tokens.
+        """
+        vocab_size, width = self.statistics.base.weight.shape
+        if not 1 <= rank <= width:
+            raise ChassisError(f"rank {rank}: expected 1..{width}, {width} being the width of the base")
+        if columns is not None and not 1 <= columns <= vocab_size:
+            raise ChassisError(f"{columns} columns: expected 1..{vocab_size}, the size of the vocabulary")
+        left, v, bias, cols = self.left[:, :rank], self._logits(self.right[:rank]), mean_change(self.statistics), None
+        if columns is not None and columns < vocab_size:
+            cols = self._choose(v, bias, columns)
+            left, v = self._restrict(cols, rank)
+            bias = bias[cols]
+        fixed = self.statistics.final.mean_x, self.constant
+        adapter = Adapter(*(t.float().contiguous() for t in (left, v, bias, *fixed)), cols)
+        adapter.config.vocab_size = vocab_size
+        return adapter
+
+    def _logits(self, right: torch.Tensor) -> torch.Tensor:
+        parts = right.split([part.shape[1] for part in self.joint], 1)
+        return sum((r.to(part.dtype) @ part.T).double() for r, part in zip(parts, self.joint, strict=True))
+
+    def _choose(self, v: torch.Tensor, bias: torch.Tensor, columns: int) -> torch.Tensor:
+        """Columns by expected squared change x probability; in whitened coordinates the directions have unit variance."""
+        score = self.statistics.mean_p * (v.square().sum(0) + bias.square())
+        return score.topk(columns).indices.sort().values
+
+    def _restrict(self, cols: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factorise again with the change limited to `cols`: the directions that matter there are others."""
+        weighted = self._logits(self.right)[:, cols]
+        basis = _descending((weighted * self.statistics.mean_p[cols]) @ weighted.T)[1][:, :rank]
+        return self.left @ basis, basis.T @ weighted
+
+
+def closed_form(statistics: Statistics, alpha: float = 1e-4) -> ClosedForm:
+    """Solve for the change of logits and factorise it. `alpha`: ridge relative to tr(S)/D.
+
+    Raises ChassisError when the two models cap their logits differently.
+    """
+    moments, base, expert = statistics.final, statistics.base, statistics.expert
+    if base.softcap != expert.softcap:
+        raise ChassisError(
+            f"the base caps its logits at {base.softcap} and the expert at {expert.softcap}: the change is not linear in "
+            "the expert's hidden state; wrap the expert in CallableExpert to fit on its logits"
+        )
+    solution = ridge.solve(moments, alpha)
+    identity = torch.eye(len(moments.mean_x), dtype=torch.float64, device=moments.mean_x.device)
+    covariance, mean = (moments.S + solution.alpha * identity) / moments.count, moments.mean_x
+    values, vectors = torch.linalg.eigh(covariance)
+    root = values.clamp_min(values[-1] * torch.finfo(torch.float64).eps).sqrt()
+    half, inverse_half = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    factor, joint = change_factor(statistics, solution.W)
+    change = half @ factor
+    spectrum, directions = _descending(change @ fisher(joint, statistics.mean_p) @ change.T)
+    return ClosedForm(
+        statistics,
+        solution,
+        spectrum.clamp_min(0) / 2,
+        directions,
+        inverse_half @ directions,
+        directions.T @ change,
+        joint,
+        torch.linalg.solve(covariance + torch.outer(mean, mean), mean),
+    )
+
+
+def change_factor(statistics: Statistics, lens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(L [D, M] fp64, R [V, M] in parts), B = L R^T, from the lens A [D, E] (or [D, V] when the expert gives logits)."""
+    base, expert = statistics.base, statistics.expert
+    ratio = expert.scale / base.scale
+    identity = torch.eye(len(lens), dtype=lens.dtype, device=lens.device)
+    if expert.weight is base.weight:
+        return ratio * lens - identity, (base.weight,)
+    if expert.weight is None:
+        return identity, ((ratio * lens.T - base.weight).float(),)
+    return torch.cat([ratio * lens, -identity], 1), (expert.weight, base.weight)
+
+
+def fisher(joint: tuple[torch.Tensor, ...], mean_p: torch.Tensor) -> torch.Tensor:
+    """R^T (diag(p̄) - p̄ p̄^T) R [M, M] fp64, in tiles of the vocabulary."""
+    width = sum(part.shape[1] for part in joint)
+    total, mean = mean_p.new_zeros(width, width), mean_p.new_zeros(width)
+    for start in range(0, len(mean_p), TILE):
+        tile = torch.cat([part[start : start + TILE].double() for part in joint], 1)
+        weighted = tile * mean_p[start : start + TILE, None]
+        total += weighted.T @ tile
+        mean += weighted.sum(0)
+    return total - torch.outer(mean, mean)
+
+
+def mean_change(statistics: Statistics) -> torch.Tensor:
+    """Mean of (expert logits - base logits) [V] fp64, in the base's units before its scale and cap."""
+    base, expert, moments = statistics.base, statistics.expert, statistics.final
+    target = moments.mean_y if expert.weight is None else _matvec(expert.weight, moments.mean_y)
+    target = target if expert.bias is None else target + expert.bias.double()
+    change = target * (expert.scale / base.scale) - _matvec(base.weight, moments.mean_x)
+    return change if base.bias is None else change - base.bias.double()
+
+
+def _matvec(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tile.double() @ vector for tile in matrix.split(TILE)])
+
+
+def _descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(0), vectors.flip(1)

@@ -1,0 +1,63 @@
+"""Writing results so that a killed process or a full disk leaves either the old files or the new ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from chassis.errors import ChassisError
+
+
+def write_file(path: str | Path, content: str | bytes | dict[str, torch.Tensor]) -> Path:
+    """Write text, bytes or a safetensors dict to a temporary neighbour, flush it to disk, then rename it into place."""
+    path = Path(path)
+    ensure_writable(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        if isinstance(content, dict):
+            save_file(content, temporary, metadata={"format": "pt"})
+        else:
+            Path(temporary).write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ChassisError(f"cannot write {path}: {reason}; free some space or choose another place") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_folder(folder: str | Path, files: dict[str, str | bytes | dict[str, torch.Tensor]]) -> Path:
+    """Write several files into `folder`: all of them are complete on disk before the first takes its name."""
+    folder = ensure_writable(folder)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        for name, content in files.items():
+            write_file(staging / name, content)
+        for name in files:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def ensure_writable(folder: str | Path) -> Path:
+    """Make `folder` and its parents; raises ChassisError at once if nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ChassisError(f"cannot write to {folder}: {error.strerror or error}; choose another output folder") from error
+    return folder
