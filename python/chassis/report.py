@@ -22,6 +22,7 @@ CAPTIONS = {
     "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
     "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
 }
+PAGE_ONLY = ("±", "parameters")  # columns that a terminal has no room for
 RAMP = ((255, 255, 255), (255, 224, 178), (250, 163, 104), (232, 96, 60))
 
 
@@ -45,7 +46,7 @@ def write_report(results: dict, folder: str | Path) -> Path:
     """
     from chassis.figures import draw_all
 
-    results = _plain(results)
+    results = plain(results)
     pictures = draw_all(results)
     files: dict[str, str | bytes] = {f"{name}.png": png for name, png in pictures.items()}
     files["report.json"] = json.dumps(results, indent=2, allow_nan=False)
@@ -59,23 +60,42 @@ def print_report(results: dict, console) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    results = _plain(results)
+    results = plain(results)
+    if results.get("title"):
+        console.print(Text(results["title"], "bold"), "\n")
     styles = {"": None, "noop": "dim", "chosen": "bold green"}
     for table in tables(results):
         grid = RichTable(title=table.title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
-        for position, name in enumerate(table.columns):
-            grid.add_column(name, justify="right" if position else "left")
+        shown = [position for position, name in enumerate(table.columns) if name not in PAGE_ONLY]
+        for position in shown:
+            name = table.columns[position].replace(" ", "\n").replace("/", "/\n")  # narrow enough for a terminal of 80 columns
+            grid.add_column(name, justify="right" if position else "left", no_wrap=True)
         for row in table.rows:
-            grid.add_row(*map(Text, row.cells), style=styles[row.style])
+            grid.add_row(*(Text(row.cells[position]) for position in shown), style=styles[row.style])
         console.print(grid)
     if results.get("generations"):
-        grid = RichTable(title="Before and after", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
-        for name in ("base", "adapted", "expert"):
-            grid.add_column(name, ratio=1, overflow="fold")
-        for sample in results["generations"]:
-            grid.add_row(*(Text.assemble((sample["prompt"], "dim"), sample[k]) for k in ("base", "adapted", "expert")))
-            grid.add_section()
-        console.print(grid)
+        print_generations(results["generations"], console)
+
+
+def print_generations(generations: list[dict], console) -> None:
+    """Continuations side by side, each under the model that wrote it."""
+    import rich.box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    generations, names = plain(generations), speakers(generations)
+    grid = RichTable(title="Before and after", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+    for name in names:
+        grid.add_column(name, ratio=1, overflow="fold")
+    for sample in generations:
+        grid.add_row(*(Text.assemble((sample["prompt"], "dim"), sample[name]) for name in names))
+        grid.add_section()
+    console.print(grid)
+
+
+def speakers(generations: list[dict]) -> list[str]:
+    """Those of base, adapted and expert that every sample has text of."""
+    return [name for name in ("base", "adapted", "expert") if all(name in sample for sample in generations)]
 
 
 def tables(results: dict) -> list[Table]:
@@ -84,34 +104,31 @@ def tables(results: dict) -> list[Table]:
 
 
 def _ranks(results: dict) -> Table:
-    columns = ["adapter", "KL", "no-op KL", "removed", "top-1", "bits/byte", "gap closed", "parameters", "size"]
-    no_op, rows = results["no_op"], []
+    columns = ["rank", "KL", "±", "no-op KL", "removed", "top-1", "bits/byte", "gap closed", "parameters", "size"]
+    no_op, bits, rows = results["no_op"], results.get("bits_per_byte") or {}, []
     for row in results.get("ranks") or []:
-        name = f"rank {row['rank']} {row['kind']}"
-        name += f", {row['columns']} columns" if row.get("columns") else ""
-        cells = [name, _kl(row), _number(no_op["kl"]), _share(row.get("share_removed")), _share(row.get("top1"))]
+        name = f"{row['rank']} {row['kind']}" + (f", {row['columns']} columns" if row.get("columns") else "")
+        cells = [name, *_kl(row, no_op), _share(row.get("top1"))]
         cells += [_number(row.get("bits_per_byte")), _share(row.get("gap_closed"))]
         rows.append(Row(cells + [_count(row.get("parameters")), _size(row.get("bytes"))], _if_chosen(row, results)))
-    base = _number((results.get("bits_per_byte") or {}).get("base"))
-    cells = ["no-op (base)", _kl(no_op), _number(no_op["kl"]), "0.0 %", _share(no_op.get("top1")), base, "0.0 %", "", ""]
-    return Table("Adapters by rank", columns, [Row(cells, "noop"), *rows] if rows else [])
+    first = ["no-op (base)", *_kl(no_op | {"share_removed": 0.0}, no_op), _share(no_op.get("top1"))]
+    first = Row(first + [_number(bits.get("base")), _share(0.0), "", ""], "noop")
+    return Table("Adapters by rank", columns, [first, *rows] if rows else [])
 
 
 def _layers(results: dict) -> Table:
-    no_op = results["no_op"]["kl"]
     rows = [
-        Row([row["name"], _kl(row), _number(no_op), _share(row.get("share_removed")), _share(row.get("top1"))])
-        for row in results.get("layers") or []
+        Row([row["name"], *_kl(row, results["no_op"]), _share(row.get("top1"))]) for row in results.get("layers") or []
     ]
-    return Table("Lenses by layer", ["lens", "KL", "no-op KL", "removed", "top-1"], rows)
+    return Table("Lenses by layer", ["lens", "KL", "±", "no-op KL", "removed", "top-1"], rows)
 
 
 def _costs(results: dict) -> Table:
     seconds, memory = results.get("seconds") or {}, results.get("memory") or {}
     labels = {
-        "base_forward": "forward passes, base",
-        "expert_forward": "forward passes, expert",
-        "statistics": "statistics on top of them",
+        "statistics": "pass over the text",
+        "base_forward": "  of it the base's forward",
+        "expert_forward": "  of it the expert's forward",
         "closed_form": "closed form",
         "refine": "refinement",
         "evaluate": "evaluation",
@@ -151,6 +168,7 @@ def _html(results: dict, pictures: dict[str, bytes]) -> str:
         passage=_passage(results),
         ramp=[_css(colour) for colour in RAMP],
         notes=_notes(results),
+        speakers=speakers(results.get("generations") or []),
     )
 
 
@@ -226,9 +244,9 @@ def _css(colour: tuple[int, int, int]) -> str:
     return "#" + "".join(f"{part:02x}" for part in colour)
 
 
-def _kl(row: dict) -> str:
-    error = row.get("stderr")
-    return _number(row["kl"]) + (f" ± {error:.3f}" if error is not None else "")
+def _kl(row: dict, no_op: dict) -> list[str]:
+    """Cells for KL, its standard error, the no-op KL and the share of it removed."""
+    return [_number(row["kl"]), _number(row.get("stderr")), _number(no_op["kl"]), _share(row.get("share_removed"))]
 
 
 def _number(value: float | None) -> str:
@@ -253,12 +271,12 @@ def _size(n_bytes: float | None) -> str:
     return f"{n_bytes:.1f} GB"
 
 
-def _plain(value):
+def plain(value):
     """A copy fit for JSON, HTML and a terminal: NaN and infinity become None, control characters U+FFFD."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str):
         return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in value)
     if isinstance(value, bool | int | None):

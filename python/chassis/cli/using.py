@@ -1,0 +1,167 @@
+"""`chassis eval`, `chassis generate`, `chassis merge` and `chassis export`: what one does with a fitted adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chassis.cli import app, options
+from chassis.cli.terminal import Terminal, command
+from chassis.errors import ChassisError
+
+
+@command(app, "eval")
+def evaluate(
+    terminal: Terminal,
+    adapter: options.AdapterFolder,
+    expert: options.Expert,
+    data: options.Data,
+    base: options.FittedBase = None,
+    text_column: options.TextColumn = "text",
+    hub_split: options.HubSplit = "train",
+    window: options.Window = 128,
+    batch_size: options.BatchSize = 16,
+    max_tokens: options.MaxTokens = None,
+    dtype: options.DType = None,
+    device: options.Device = "cpu",
+) -> dict:
+    """Measure an adapter on documents it was not fitted on: KL beside the no-op KL, top-1 agreement, bits per byte."""
+    from chassis import evaluate as evaluation
+    from chassis.cli import loading
+    from chassis.probes import Probe, fingerprint, make_windows
+    from chassis.report import print_report
+
+    documents = loading.read_all(data, text_column=text_column, split=hub_split, max_tokens=max_tokens)
+    fitted, loaded = loading.adapter_and_base(adapter, base, dtype, device)
+    teacher = loading.load_expert(expert, loaded, dtype, device)
+    windows = make_windows(documents, loaded.tokenizer, length=window)
+    windows = windows[: max_tokens and max(1, max_tokens // window)]
+    if fingerprint(windows) == fitted.config.data_fingerprint:
+        raise ChassisError("this is the text the adapter was fitted on: numbers on it would mean nothing; give other text")
+    probe = Probe(loaded.model, teacher, (), fitted.config.positions, batch_size)
+    with terminal.progress() as report:
+        scores = evaluation.evaluate(
+            probe,
+            windows,
+            loaded.readout,
+            adapters={"adapter": fitted},
+            progress=lambda done: report("evaluate", done, len(windows)),
+        )
+    results = _results(loaded, teacher, fitted, scores, windows)
+    print_report(results, terminal.console)
+    return results
+
+
+@command(app, "generate")
+def generate(
+    terminal: Terminal,
+    adapter: options.AdapterFolder,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from. Repeatable.")],
+    base: options.FittedBase = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.", min=1)] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the draw.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw, the same for base and adapted.")] = 0,
+    dtype: options.DType = None,
+    device: options.Device = "cpu",
+) -> dict:
+    """Go on from a prompt with the base as it is and with the adapter, side by side."""
+    import torch
+
+    from chassis.attach import attach
+    from chassis.cli import loading
+    from chassis.report import print_generations
+    from chassis.results import continuation
+
+    if temperature <= 0:
+        raise ChassisError(f"temperature {temperature}: expected more than 0 (leave out --sample for the likeliest token)")
+    if not all(prompt):
+        raise ChassisError("the prompt is empty: give some text to go on from")
+    fitted, loaded = loading.adapter_and_base(adapter, base, dtype, device)
+    draw = {"do_sample": True, "temperature": temperature} if sample else {}
+
+    def speak(text: str) -> str:
+        torch.manual_seed(seed)
+        return continuation(loaded.model, loaded.tokenizer, text, max_new_tokens, **draw)
+
+    rows = [{"prompt": text, "base": speak(text)} for text in prompt]
+    with attach(loaded.model, fitted):
+        rows = [row | {"adapted": speak(row["prompt"])} for row in rows]
+    print_generations(rows, terminal.console)
+    return {"generations": rows}
+
+
+@command(app, "merge")
+def merge(
+    terminal: Terminal,
+    adapter: options.AdapterFolder,
+    out: options.NewFolder,
+    base: options.FittedBase = None,
+    dtype: options.DType = None,
+) -> dict:
+    """Fold an adapter into a copy of the base: a plain checkpoint that any engine serves at no extra cost."""
+    from chassis.cli import loading
+    from chassis.export import merge_to
+
+    fitted, loaded = loading.adapter_and_base(adapter, base, dtype, "cpu")
+    notices = merge_to(loaded.model, loaded.tokenizer, fitted, out)
+    return _written(terminal, out, notices)
+
+
+@command(app, "export")
+def export(
+    terminal: Terminal,
+    adapter: options.AdapterFolder,
+    out: options.NewFolder,
+    form: Annotated[str, typer.Option("--format", help="peft: a LoRA on the output head.")] = "peft",
+    fold_bias: Annotated[bool, typer.Option("--fold-bias", help="For engines without LoRA bias: one more rank.")] = False,
+    base: options.FittedBase = None,
+) -> dict:
+    """Write an adapter in another library's format."""
+    from chassis.cli import loading
+    from chassis.export import export_peft
+
+    if form != "peft":
+        raise ChassisError(f"format {form!r}: expected peft")
+    fitted, loaded = loading.adapter_and_base(adapter, base, None, "cpu")
+    notices = export_peft(fitted, loaded.head, out, bias="fold" if fold_bias else "lora")
+    return _written(terminal, out, notices)
+
+
+def _results(base, expert, fitted, scores, windows) -> dict:
+    """The part of the report's dictionary that an evaluation alone can fill."""
+    from chassis.results import environment
+
+    score, no_op = scores.adapters["adapter"], scores.no_op
+    kind = "refined" if fitted.config.refined else "closed form"
+    row = {"rank": fitted.rank, "kind": kind, "columns": None if fitted.cols is None else len(fitted.cols)}
+    row |= {"kl": score.kl, "stderr": score.stderr, "share_removed": scores.share_removed(score), "top1": score.top1}
+    row |= {"bits_per_byte": score.bits_per_byte, "gap_closed": scores.gap_closed(score)}
+    row |= {"parameters": fitted.n_parameters, "bytes": fitted.n_bytes}
+    bits = {"base": no_op.bits_per_byte, "adapted": score.bits_per_byte, "expert": scores.expert.bits_per_byte}
+    return {
+        "title": f"{base.name} speaks like {expert.name}",
+        "base": base.name,
+        "expert": expert.name,
+        "positions": fitted.config.positions,
+        "rank": fitted.rank,
+        "refined": fitted.config.refined,
+        "no_op": {"kl": no_op.kl, "stderr": no_op.stderr, "top1": no_op.top1},
+        "ranks": [row],
+        "bits_per_byte": bits | {"gap_closed": scores.gap_closed(score)},
+        "data": {
+            "test_documents": len({window.document for window in windows}),
+            "test_windows": len(windows),
+            "test_tokens": sum(len(window.ids) for window in windows),
+        },
+        "environment": environment(),
+    }
+
+
+def _written(terminal: Terminal, out: Path, notices: list[str]) -> dict:
+    for notice in notices:
+        terminal.note(notice)
+    terminal.console.print(f"written to {out}", markup=False, highlight=False)
+    return {"out": str(out), "notices": notices}
