@@ -63,12 +63,13 @@ def print_report(results: dict, console) -> None:
     results = plain(results)
     if results.get("title"):
         console.print(Text(results["title"], "bold"), "\n")
+    look = {"title_justify": "left", "title_style": "bold", "box": rich.box.SIMPLE_HEAD}
     styles = {"": None, "noop": "dim", "chosen": "bold green"}
     for table in tables(results):
-        grid = RichTable(title=table.title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+        grid = RichTable(**look, title=table.title, pad_edge=False)
         shown = [position for position, name in enumerate(table.columns) if name not in PAGE_ONLY]
         for position in shown:
-            name = table.columns[position].replace(" ", "\n").replace("/", "/\n")  # narrow enough for a terminal of 80 columns
+            name = table.columns[position].replace(" ", "\n").replace("/", "/\n")  # to fit 80 columns
             grid.add_column(name, justify="right" if position else "left", no_wrap=True)
         for row in table.rows:
             grid.add_row(*(Text(row.cells[position]) for position in shown), style=styles[row.style])

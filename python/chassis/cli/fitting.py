@@ -31,6 +31,7 @@ def fit(
     refine: options.Refine = True,
     refine_steps: options.RefineSteps = 60,
     max_tokens: options.MaxTokens = None,
+    max_test_tokens: options.MaxTestTokens = 65536,
     dtype: options.DType = None,
     device: options.Device = "cpu",
     out: options.Out = Path("out"),
@@ -44,7 +45,7 @@ def fit(
     settings = {"rank": rank, "columns": columns, "alpha": alpha, "positions": positions, "window": window}
     settings |= {"batch_size": batch_size, "refine_steps": steps, "layers": layers}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
-    return _fit(terminal, base, expert, sources, settings, max_tokens, dtype, device, out)
+    return _fit(terminal, base, expert, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
 
 @command(app, "sweep")
@@ -68,6 +69,7 @@ def sweep(
     refine: options.Refine = True,
     refine_steps: options.RefineSteps = 60,
     max_tokens: options.MaxTokens = None,
+    max_test_tokens: options.MaxTestTokens = 65536,
     dtype: options.DType = None,
     device: options.Device = "cpu",
     out: options.Out = Path("out"),
@@ -80,7 +82,7 @@ def sweep(
     settings = {"rank": rank or max(compared), "ranks": compared, "columns": columns, "alpha": alpha, "positions": positions}
     settings |= {"window": window, "batch_size": batch_size, "refine_steps": steps, "layers": layers}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
-    return _fit(terminal, base, expert, sources, settings, max_tokens, dtype, device, out)
+    return _fit(terminal, base, expert, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
 
 @command(app, "demo")
@@ -89,14 +91,20 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("chassis-demo"),
 ) -> dict:
     """Train three small models on Python's own library, then fit, measure and speak: the whole job in a few minutes."""
-    from chassis.demo import run
+    from chassis.demo import run_demo, same_by_hand
+    from chassis.files import ensure_writable
+    from chassis.testbed import build
 
+    ensure_writable(out)
+    testbed = build()
     with terminal.progress() as report:
-        results = run(out, progress=report)
-    return _show(terminal, results, out)
+        results = run_demo(testbed, out, report)
+    shown = _show(terminal, results, out)
+    terminal.note(f"the same by hand: {same_by_hand(testbed)}")
+    return shown
 
 
-def _fit(terminal, base, expert, sources, settings, max_tokens, dtype, device, out) -> dict:
+def _fit(terminal, base, expert, sources, settings, limits, dtype, device, out) -> dict:
     from chassis.cli import loading
     from chassis.files import ensure_writable
     from chassis.fit import FitOptions
@@ -105,9 +113,9 @@ def _fit(terminal, base, expert, sources, settings, max_tokens, dtype, device, o
 
     ensure_writable(out)
     settings["layers"] = loading.parse_layers(settings["layers"])
-    if max_tokens is not None:
-        settings["max_windows"] = max(1, max_tokens // settings["window"])
-    documents = loading.read_documents(**sources, max_tokens=max_tokens)
+    names = ("max_windows", "max_test_windows")
+    settings |= {name: max(1, n // settings["window"]) for name, n in zip(names, limits, strict=True) if n is not None}
+    documents = loading.read_documents(**sources, max_tokens=limits[0])
     terminal.note(f"read {sum(map(len, documents.values()))} documents; loading {base} and {expert}")
     loaded = loading.load_base(base, dtype, device)
     teacher = loading.load_expert(expert, loaded, dtype, device)

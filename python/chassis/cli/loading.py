@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from chassis.errors import ChassisError
 
-BIAS_PREFIX = "bias:"
-BYTES_PER_TOKEN = 8  # generous: reading stops once there is surely enough text
+BYTES_PER_TOKEN = 8  # generous: reading a hub dataset stops once there is surely enough text
 
 
 def load_base(name: str, dtype: str | None, device: str):
@@ -21,36 +19,10 @@ def load_base(name: str, dtype: str | None, device: str):
 
 
 def load_expert(spec: str, base, dtype: str | None, device: str):
-    """A checkpoint by name or folder, or `bias:word=2.5,other=-3`, or `bias:{"word": 2.5}` for strings with commas."""
-    from chassis.experts import LogitBiasExpert, ModelExpert
-    from chassis.models import inspect_head, vocabulary_hash
+    """What `spec` names, as `chassis.experts.load_expert` reads it, for this base."""
+    from chassis import experts
 
-    if spec.startswith(BIAS_PREFIX):
-        return LogitBiasExpert.from_strings(base.head, base.tokenizer, parse_bias(spec), spec)
-    model, tokenizer = _load(spec, dtype, device)
-    if vocabulary_hash(tokenizer) != base.vocabulary_hash:
-        raise ChassisError(
-            f"the expert {spec} has another vocabulary ({len(tokenizer)} tokens) than the base {base.name} "
-            f"({len(base.tokenizer)} tokens): an adapter needs an expert with the base's tokenizer"
-        )
-    return ModelExpert(model, inspect_head(model), spec)
-
-
-def parse_bias(spec: str) -> dict[str, float]:
-    """`bias:a=1,b=-2` or `bias:{"a": 1, "b": -2}` -> {string: added to its logit}."""
-    text = spec.removeprefix(BIAS_PREFIX).strip()
-    expected = f"expected {BIAS_PREFIX}word=2.5,other=-3 or {BIAS_PREFIX}" + '{"word": 2.5, "other": -3}'
-    try:
-        if text.startswith("{"):
-            edits = json.loads(text)
-        else:
-            edits = dict(part.rsplit("=", 1) for part in text.split(","))
-        edits = {str(key): float(value) for key, value in edits.items()}
-    except (ValueError, TypeError) as error:
-        raise ChassisError(f"expert {spec!r} cannot be read: {expected}") from error
-    if not edits or "" in edits:
-        raise ChassisError(f"expert {spec!r} names no token: {expected}")
-    return edits
+    return experts.load_expert(spec, base.head, base.tokenizer, dtype=dtype, device=device)
 
 
 def read_documents(
@@ -67,20 +39,22 @@ def read_documents(
 
     shares = {"validation": 0.0 if validation else 0.1, "test": 0.0 if test else 0.1}
     shares["fit"] = 1 - sum(shares.values())
-    limit = None if max_tokens is None else int(max_tokens * BYTES_PER_TOKEN / shares["fit"])
-    opened = {"validation": validation, "test": test}
     options = {"text_column": text_column, "split": split}
-    sources = {name: load_documents(paths, **options) for name, paths in opened.items() if paths}
-    documents = split_documents(_take(load_documents(data, **options), limit), shares)
-    return documents | {name: list(_take(source, limit)) for name, source in sources.items()}
+    own = {"validation": validation, "test": test}
+    opened = {name: load_documents(paths, **options) for name, paths in own.items() if paths}
+    wanted = None if max_tokens is None else int(max_tokens / shares["fit"])
+    documents = split_documents(read_all(data, **options, max_tokens=wanted), shares)
+    return documents | {name: list(source) for name, source in opened.items()}
 
 
 def read_all(data: Sequence[str], *, text_column: str, split: str, max_tokens: int | None) -> list:
-    """All documents of `data`, or enough of them for `max_tokens`."""
-    from chassis.text.corpus import load_documents
+    """All documents of `data`; of hub datasets, which may have no end, enough for `max_tokens`."""
+    from chassis.text.corpus import HUB_PREFIX, load_documents
 
-    limit = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-    return list(_take(load_documents(data, text_column=text_column, split=split), limit))
+    documents = load_documents(data, text_column=text_column, split=split)
+    if max_tokens is None or not all(source.startswith(HUB_PREFIX) for source in data):
+        return list(documents)
+    return list(_take(documents, max_tokens * BYTES_PER_TOKEN))
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
@@ -131,11 +105,11 @@ def _load(name: str, dtype: str | None, device: str):
     return load_causal_lm(name, dtype=dtype, device=device)
 
 
-def _take(documents: Iterable, limit: int | None) -> Iterable:
-    """Documents until `limit` bytes of text have been given."""
+def _take(documents: Iterable, n_bytes: int) -> Iterable:
+    """Documents until `n_bytes` of text have been given."""
     given = 0
     for document in documents:
         yield document
         given += len(document.text.encode())
-        if limit is not None and given >= limit:
+        if given >= n_bytes:
             return

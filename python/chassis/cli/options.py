@@ -44,6 +44,7 @@ RefineSteps = Annotated[int, typer.Option("--refine-steps", help="How many of th
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", help="Fit on at most this many tokens; by default on all.", show_default=False)
 ]
+MaxTestTokens = Annotated[int, typer.Option("--max-test-tokens", help="Measure on at most this many tokens.")]
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the checkpoint's own.", show_default=False)
 ]

@@ -30,7 +30,7 @@ def evaluate(
     """Measure an adapter on documents it was not fitted on: KL beside the no-op KL, top-1 agreement, bits per byte."""
     from chassis import evaluate as evaluation
     from chassis.cli import loading
-    from chassis.probes import Probe, fingerprint, make_windows
+    from chassis.probes import Probe, check_not_fitted, make_windows
     from chassis.report import print_report
 
     documents = loading.read_all(data, text_column=text_column, split=hub_split, max_tokens=max_tokens)
@@ -38,8 +38,7 @@ def evaluate(
     teacher = loading.load_expert(expert, loaded, dtype, device)
     windows = make_windows(documents, loaded.tokenizer, length=window)
     windows = windows[: max_tokens and max(1, max_tokens // window)]
-    if fingerprint(windows) == fitted.config.data_fingerprint:
-        raise ChassisError("this is the text the adapter was fitted on: numbers on it would mean nothing; give other text")
+    check_not_fitted(adapter, windows)
     probe = Probe(loaded.model, teacher, (), fitted.config.positions, batch_size)
     with terminal.progress() as report:
         scores = evaluation.evaluate(

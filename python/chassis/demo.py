@@ -1,0 +1,38 @@
+"""The whole job on the testbed: fit, compare ranks, measure on held-out source, speak before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chassis.experts import load_expert
+from chassis.fit import Base, FitOptions, Progress, fit
+from chassis.models import load_causal_lm
+from chassis.results import measure, summarise
+from chassis.testbed import Testbed
+
+OPTIONS = FitOptions(rank=32, ranks=(4, 8, 16, 32, 64), max_windows=1000, max_test_windows=256)
+PROMPTS = ("def ", "import os\n\nclass ", "    for name in ")
+
+
+def run_demo(
+    testbed: Testbed, out: str | Path, progress: Progress | None = None, options: FitOptions = OPTIONS
+) -> dict:
+    """Make the testbed's base speak like its same-tokenizer expert; results as `chassis.report` draws them.
+
+    Adapter, lens and resumable statistics go to `out`. Raises ChassisError if it cannot be written.
+    """
+    model, tokenizer = load_causal_lm(testbed.base)
+    base = Base(model, tokenizer, str(testbed.base))
+    expert = load_expert(str(testbed.expert), base.head, tokenizer)
+    result = fit(base, expert, testbed.documents["source"], options, out=out, progress=progress)
+    scores = measure(base, expert, result, progress)
+    return summarise(base, expert, result, scores, PROMPTS, "A prose model learns to speak Python, without a training loop")
+
+
+def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:
+    """The `chassis sweep` command that gives the demo's numbers."""
+    parts = [f"chassis sweep --base {testbed.base} --expert {testbed.expert} --data {testbed.data / 'source_fit.jsonl'}"]
+    parts += [f"--{split} {testbed.data / f'source_{split}.jsonl'}" for split in ("validation", "test")]
+    parts += [f"--ranks {','.join(map(str, options.ranks))} --rank {options.rank}"]
+    tokens = {"max-tokens": options.max_windows, "max-test-tokens": options.max_test_windows}
+    return " ".join(parts + [f"--{name} {count * options.window}" for name, count in tokens.items() if count is not None])
