@@ -20,6 +20,7 @@ import torch
 
 from chassis.adapter import Adapter
 from chassis.errors import ChassisError
+from chassis.experts import same_unembedding
 from chassis.statistics import Statistics
 from chassis_kernels import ridge
 
@@ -112,7 +113,7 @@ def change_factor(statistics: Statistics, lens: torch.Tensor) -> tuple[torch.Ten
     base, expert = statistics.base, statistics.expert
     ratio = expert.scale / base.scale
     identity = torch.eye(len(lens), dtype=lens.dtype, device=lens.device)
-    if expert.weight is base.weight:
+    if same_unembedding(base, expert):
         return ratio * lens - identity, (base.weight,)
     if expert.weight is None:
         return identity, ((ratio * lens.T - base.weight).float(),)

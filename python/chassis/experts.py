@@ -31,6 +31,13 @@ class Readout(NamedTuple):
         return cls(head.weight.detach(), bias, head.softcap, head.scale)
 
 
+def same_unembedding(a: Readout, b: Readout) -> bool:
+    """Whether two readouts read one and the same tensor (each `detach` makes a new object of it)."""
+    if a.weight is None or b.weight is None:
+        return False
+    return a.weight.data_ptr() == b.weight.data_ptr() and a.weight.shape == b.weight.shape
+
+
 class Expert(Protocol):
     """`rows` gives [B, T, E] for a batch, in the space `readout` reads, from `base_final` [B, T, D] where that is enough."""
 

@@ -98,6 +98,7 @@ def refine(
 
     def current() -> Adapter:
         u, v, c = (parameter.detach().clone() for parameter in parameters)
+        u, v = _ordered(u, v, closed.statistics.mean_p, start.cols)
         return replace(start, U=whiten @ u, V=v, bias=c, config=replace(start.config, refined=True))
 
     best, best_kl = start, mean_kl(start, base, expert, held_out())
@@ -144,3 +145,15 @@ def _delta(start: Adapter, u: torch.Tensor, v: torch.Tensor, c: torch.Tensor) ->
     wide = v.new_zeros(len(v), size).index_add(1, start.cols, v)
     return Delta(u, wide, c.new_zeros(size).index_add(0, start.cols, c))
 
+
+def _ordered(
+    u: torch.Tensor, v: torch.Tensor, mean_p: torch.Tensor, cols: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same map u v with orthonormal u [D, r], directions by what they explain in the metric of the closed form."""
+    p = (mean_p if cols is None else mean_p[cols]).to(v.dtype)
+    basis, triangle = torch.linalg.qr(u)
+    v = triangle @ v
+    mean = v @ p
+    _, rotation = torch.linalg.eigh((v * p) @ v.T - torch.outer(mean, mean))
+    rotation = rotation.flip(1)
+    return basis @ rotation, rotation.T @ v

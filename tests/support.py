@@ -1,0 +1,77 @@
+"""Small helpers for tests of the fit: documents, a fit on tiny models, a tracker of live tensor memory."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from chassis.experts import ModelExpert
+from chassis.fit import Base
+from chassis.models import inspect_head
+from chassis.text.corpus import Document
+
+WORDS = "the quick brown fox jumps over lazy dog def return x in class self import for if".split()
+
+
+def documents(n: int, length: int = 60, seed: int = 0) -> list[Document]:
+    """n different texts of `length` words."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for i in range(n):
+        picks = torch.randint(len(WORDS), (length,), generator=generator).tolist()
+        texts.append(f"{seed} {i} " + " ".join(WORDS[k] for k in picks))
+    return [Document(f"{seed}-{i}", text, "test") for i, text in enumerate(texts)]
+
+
+def splits(n_fit: int = 24) -> dict[str, list[Document]]:
+    return {"fit": documents(n_fit, seed=1), "validation": documents(4, seed=2), "test": documents(4, seed=3)}
+
+
+def near(model: torch.nn.Module, make, scale: float = 0.02, **options) -> torch.nn.Module:
+    """A copy of `model` with all weights moved a little: an expert of the same lineage."""
+    other = make(**options)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for target, source in zip(other.parameters(), model.parameters(), strict=True):
+            noise = torch.randn(source.shape, generator=generator).to(source.dtype)
+            target.copy_(source + scale * source.float().std().nan_to_num(1.0).to(source.dtype) * noise * 10)
+    return other
+
+
+def pair(make, tokenizer, architecture: str = "llama", **options) -> tuple[Base, ModelExpert]:
+    """A random base of width 32 and an expert near it."""
+    options = {"tie_word_embeddings": False, **options}
+    model = make(architecture, **options)
+    expert = near(model, lambda **o: make(architecture, **options))
+    return Base(model, tokenizer, "base"), ModelExpert(expert, inspect_head(expert), "expert")
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of tensor storage made inside the block and alive at once (`peak`), and the largest shapes made (`shapes`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.known, self.shapes = 0, 0, set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+                self._track(tensor.untyped_storage())
+        return out
+
+    def _track(self, storage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
