@@ -33,6 +33,10 @@ def instruction_sets() -> dict[str, str]:
 class NinjaBuild(build_ext):
     """Writes one build.ninja for the extension and lets ninja compile what changed."""
 
+    def run(self) -> None:
+        self.into_source = bool(self.inplace or self.editable_mode)  # setuptools resets `inplace` while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         from ninja import ninja_syntax
@@ -42,6 +46,7 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [ROOT.resolve() / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+        compiler = os.environ.get("CXX") or "c++"
         openmp = "" if sys.platform == "darwin" else "-fopenmp"
         flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall {openmp}"
         flags += "".join(f' "-I{path}"' for path in includes)
@@ -50,12 +55,12 @@ class NinjaBuild(build_ext):
             writer = ninja_syntax.Writer(file)
             writer.rule(
                 "cxx",
-                command=f"{os.environ.get('CXX', 'c++')} -MMD -MF $out.d {flags} $isa -c $in -o $out",
+                command=f"{compiler} -MMD -MF $out.d {flags} $isa -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
             )
             shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else f"-shared {openmp}"
-            writer.rule("link", command=f"{os.environ.get('CXX', 'c++')} {shared} $in -o $out")
+            writer.rule("link", command=f"{compiler} {shared} $in -o $out")
             objects = []
             for name, isa in variants.items():
                 for source in KERNELS:
@@ -69,8 +74,14 @@ class NinjaBuild(build_ext):
         verbose = ["-v"] if self.verbose > 1 else []
         try:
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *verbose], check=True)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"the C++ compiler failed on {ext.name}: see its output above") from error
+        except (OSError, subprocess.CalledProcessError) as error:
+            # An extension left from an earlier build would run in place of the sources that just failed.
+            for folder in [target.parent] + self.into_source * [ROOT / "chassis_kernels"]:
+                (folder / target.name).unlink(missing_ok=True)
+            raise CompileError(
+                f"{ext.name} was not built with {compiler!r}: see the compiler's output above. Install a C++17 compiler and "
+                "Python's headers, or name a compiler in CXX"
+            ) from error
 
 
 setup(
