@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py constraints.txt
 	@echo "==> Installing torch and the build tools"
 	@$(PIP) torch "setuptools>=77" pybind11 ninja
 	@echo "==> Installing chassis and what it needs, and compiling the C++ kernels"
-	@$(PIP) --no-build-isolation --editable ".[dev,bench,distill]"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(EXTENSION)

@@ -41,7 +41,8 @@ class NinjaBuild(build_ext):
         import pybind11
         from ninja import ninja_syntax
 
-        folder = Path(self.build_temp).resolve() / "ninja"
+        # A fixed place, so that `pip install -e .` and `build_ext --inplace` share what is compiled already.
+        folder = ROOT.resolve() / "build/ninja" if self.into_source else Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,11 +57,12 @@ class NinjaBuild(build_ext):
             writer.rule(
                 "cxx",
                 command=f"{compiler} -MMD -MF $out.d {flags} $isa -c $in -o $out",
+                description="compile $out",
                 depfile="$out.d",
                 deps="gcc",
             )
             shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else f"-shared {openmp}"
-            writer.rule("link", command=f"{compiler} {shared} $in -o $out")
+            writer.rule("link", command=f"{compiler} {shared} $in -o $out", description="link $out")
             objects = []
             for name, isa in variants.items():
                 for source in KERNELS:
