@@ -1,16 +1,12 @@
 """The main job on tiny models: identical after a kill, bounded memory, no [N, V], and every bad input refused early."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from support import LiveMemory, documents, pair, splits
-
 from chassis.adapter import Adapter
 from chassis.checkpoint import NAME
 from chassis.errors import ChassisError
@@ -19,6 +15,7 @@ from chassis.fit import Base, FitOptions, fit
 from chassis.lens import Lens
 from chassis.models import inspect_head
 from chassis.results import measure, summarise
+from support import LiveMemory, documents, pair, splits
 
 OPTIONS = FitOptions(rank=4, window=48, batch_size=4, refine_steps=3, checkpoint_seconds=0)
 
@@ -93,25 +90,32 @@ def test_interrupted_fit_resumes_to_the_identical_adapter(models, tmp_path):
     assert same(whole, again.adapter)
 
 
+JOB = """
+import sys
+from chassis.fit import Base, FitOptions, fit
+from chassis.experts import load_expert
+from chassis.models import load_causal_lm
+from chassis.testbed import build
+
+testbed = build(size="tiny")
+base = Base(*load_causal_lm(testbed.base))
+options = FitOptions(rank=4, window=32, batch_size=2, max_windows=600, refine_steps=0, checkpoint_seconds=0)
+fit(base, load_expert(str(testbed.expert), base.head, base.tokenizer), testbed.documents["source"], options, out=sys.argv[1])
+"""
+
+
 def test_killed_process_leaves_a_checkpoint_to_go_on_from(tiny_testbed, tmp_path):
-    """SIGKILL in the middle of a real run of the command; the second run ends with the adapter of an undisturbed one."""
-    command = [
-        sys.executable, "-m", "chassis.cli", "fit", "--base", str(tiny_testbed.base), "--expert", str(tiny_testbed.expert),
-        "--data", str(tiny_testbed.data / "source_fit.jsonl"), "--validation", str(tiny_testbed.data / "source_validation.jsonl"),
-        "--test", str(tiny_testbed.data / "source_test.jsonl"), "--rank", "4", "--no-refine", "--max-tokens", "40000",
-        "--batch-size", "2", "--json",
-    ]  # fmt: skip
-    environment = os.environ | {"CHASSIS_CHECKPOINT_SECONDS": "0", "OMP_NUM_THREADS": "1"}
+    """SIGKILL in the middle of a real process; the second run ends with the adapter of an undisturbed one."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([*command, "-o", str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (killed / NAME).exists() and process.poll() is None and time.monotonic() < deadline:
+    command = [sys.executable, "-c", JOB, str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (killed / NAME).exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     errors = process.communicate()[1].decode()
     assert process.returncode == -signal.SIGKILL and (killed / NAME).exists(), errors
     for folder in (killed, whole):
-        subprocess.run([*command, "-o", str(folder)], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command[:-1], str(folder)], check=True, capture_output=True)
     assert same(Adapter.load(killed), Adapter.load(whole))
 
 
