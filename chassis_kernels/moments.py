@@ -54,7 +54,7 @@ class Moments:
             name: torch.zeros(shape, dtype=torch.float64, device=device)
             for name, shape in zip(_STATE, shapes, strict=True)
         }
-        self._pending: list[rows.Batch] = []
+        self._waiting = rows.Waiting()
 
     def __repr__(self) -> str:
         return f"Moments(dim_x={self.dim_x}, dim_y={self.dim_y}, full_y={self.full_y}, rows={self.rows})"
@@ -115,21 +115,19 @@ class Moments:
         if n_bad:
             kept = ~bad if kept is None else kept & ~bad
         n_rows = len(x) if kept is None else int(kept.sum())
-        if n_rows == len(x) and rows.ready([batch]):
-            self.flush()._run(batch)
-        elif n_rows >= rows.PENDING_ROWS:
+        if n_rows >= rows.capacity(batch):
             self.flush()._run(rows.zero_weighted(batch, kept))
         elif n_rows:
-            self._append(rows.selected(batch, kept))
+            self._wait(batch if kept is None else tuple(t if t is None else t[kept] for t in batch))
         self.rows += n_rows
         self.dropped += n_bad
         return self
 
     def flush(self) -> Moments:
         """Merge the rows that wait. Reading a moment does it; it may move the last digits of what follows."""
-        if self._pending:
-            self._run(rows.joined(self._pending))
-            self._pending = []
+        if self._waiting.n:
+            self._run(self._waiting.batch())
+            self._waiting.n = 0
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -150,7 +148,9 @@ class Moments:
         """Independent moments with the same content."""
         new = Moments(self.dim_x, self.dim_y, full_y=self.full_y, device=self.device)
         new._state = {name: tensor.clone() for name, tensor in self._state.items()}
-        new._pending, new.rows, new.dropped = list(self._pending), self.rows, self.dropped
+        if self._waiting.n:
+            new._waiting.add(self._waiting.batch())
+        new.rows, new.dropped = self.rows, self.dropped
         return new
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Moments:
@@ -179,7 +179,7 @@ class Moments:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on bit for bit, waiting rows included. Live tensors: clone what must not change."""
         numbers = {"rows": torch.tensor(self.rows), "dropped": torch.tensor(self.dropped)}
-        waiting = dict(zip(_PENDING, rows.joined(self._pending), strict=True)) if self._pending else {}
+        waiting = dict(zip(_PENDING, self._waiting.batch(), strict=True)) if self._waiting.n else {}
         return self._state | numbers | {name: tensor for name, tensor in waiting.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -193,12 +193,11 @@ class Moments:
                     f"{name} is {state[name].dtype} {tuple(state[name].shape)}, expected {mine.dtype} {tuple(mine.shape)}: "
                     "the state was saved from moments of other dimensions"
                 )
-        pending = []
+        waiting = rows.Waiting()
         if "pending_x" in state:
-            tensors = (state.get(name) for name in _PENDING)
-            x, y, weight = (t if t is None else t.to(self.device, copy=True) for t in tensors)
-            pending = [self._checked(x, y, weight, None)[0]]
-        self._pending = pending
+            x, y, weight = (state[name].to(self.device) if name in state else None for name in _PENDING)
+            waiting.add(self._checked(x, y, weight, None)[0])
+        self._waiting = waiting
         for name, mine in self._state.items():
             mine.copy_(state[name])
         self.rows, self.dropped = int(state["rows"]), int(state["dropped"])
@@ -241,14 +240,12 @@ class Moments:
     def _checked(self, x, y, weight, mask) -> tuple[rows.Batch, Tensor | None]:
         return rows.checked(x, y, weight, mask, widths=(self.dim_x, self.dim_y), device=self.device)
 
-    def _append(self, batch: rows.Batch) -> None:
-        if self._pending and not rows.same_dtypes(batch, self._pending[0]):
+    def _wait(self, batch: rows.Batch) -> None:
+        if not self._waiting.fits(batch):
             self.flush()
-        pending = [*self._pending, batch]
-        if rows.ready(pending):
-            self._run(rows.joined(pending))
-            pending = []
-        self._pending = pending
+        self._waiting.add(batch)
+        if self._waiting.full:
+            self.flush()
 
     def _run(self, batch: rows.Batch) -> None:
         state = [self._state[name] if self.dim_y or name in _STATE[:3] else None for name in _STATE]

@@ -58,11 +58,6 @@ def not_finite(rows: Tensor) -> Tensor:
     return bad
 
 
-def selected(batch: Batch, kept: Tensor | None) -> Batch:
-    """A copy of the rows that count."""
-    return tuple(t if t is None else t.clone() if kept is None else t[kept] for t in batch)
-
-
 def zero_weighted(batch: Batch, kept: Tensor | None) -> Batch:
     """The batch itself, with weight 0 for the rows that do not count."""
     x, y, weight = batch
@@ -71,21 +66,59 @@ def zero_weighted(batch: Batch, kept: Tensor | None) -> Batch:
     return x, y, kept.float() if weight is None else torch.where(kept, weight, 0.0)
 
 
-def joined(batches: list[Batch]) -> Batch:
-    """One batch of all rows; if any has weights, the others weigh 1."""
-    xs, ys, weights = zip(*batches, strict=True)
-    dtype = next((w.dtype for w in weights if w is not None), None)
-    if dtype is not None:
-        weights = [x.new_ones(len(x), dtype=dtype) if w is None else w for x, w in zip(xs, weights, strict=True)]
-    return torch.cat(xs), None if ys[0] is None else torch.cat(ys), None if dtype is None else torch.cat(weights)
+def capacity(batch: Batch) -> int:
+    """How many rows like these are worth a merge: reading all of S and C costs as much as multiplying some hundred."""
+    row_bytes = sum(t.shape[1] * t.element_size() for t in batch[:2] if t is not None)
+    return max(1, min(PENDING_ROWS, PENDING_BYTES // row_bytes))
 
 
-def ready(batches: list[Batch]) -> bool:
-    """Whether these rows are worth a merge: reading all of S and C costs as much as multiplying some hundred rows."""
-    n_bytes = sum(t.nbytes for batch in batches for t in batch if t is not None)
-    return n_bytes >= PENDING_BYTES or sum(len(batch[0]) for batch in batches) >= PENDING_ROWS
+class Waiting:
+    """Copies of the rows of small batches until they are worth a merge; the buffers are kept for the next ones."""
+
+    def __init__(self) -> None:
+        self._kind: tuple = ()
+        self._buffers: Batch | None = None
+        self._weighted = False
+        self.n = 0
+
+    @property
+    def full(self) -> bool:
+        return self.n > 0 and self.n == self._kind[0]
+
+    def batch(self) -> Batch:
+        """What waits (views)."""
+        x, y, weight = (t if t is None else t[: self.n] for t in self._buffers)
+        return x, y, weight if self._weighted else None
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether these rows can join those that wait; when none wait they always can."""
+        return self.n == 0 or (self._kind[1:] == _dtypes(batch) and self.n + len(batch[0]) <= self._kind[0])
+
+    def add(self, batch: Batch) -> None:
+        """Copy rows that fit."""
+        x, y, weight = batch
+        if self.n == 0:
+            self._allocate(batch)
+        place = slice(self.n, self.n + len(x))
+        if weight is not None and not self._weighted:
+            self._buffers[2][: self.n] = 1
+            self._weighted = True
+        self._buffers[0][place] = x
+        if y is not None:
+            self._buffers[1][place] = y
+        if self._weighted:
+            self._buffers[2][place] = 1 if weight is None else weight
+        self.n = place.stop
+
+    def _allocate(self, batch: Batch) -> None:
+        x, y, _ = batch
+        size = max(capacity(batch), len(x))
+        if self._kind != (size, *_dtypes(batch)):
+            buffer_y = None if y is None else y.new_empty(size, y.shape[1])
+            self._buffers = x.new_empty(size, x.shape[1]), buffer_y, x.new_empty(size, dtype=compute_dtype(x, y))
+            self._kind = (size, *_dtypes(batch))
+        self._weighted = False
 
 
-def same_dtypes(a: Batch, b: Batch) -> bool:
-    """Whether x and y of two batches can be joined without a cast."""
-    return all(s is t is None or s.dtype == t.dtype for s, t in zip(a[:2], b[:2], strict=True))
+def _dtypes(batch: Batch) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in batch[:2])

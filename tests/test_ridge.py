@@ -50,16 +50,30 @@ def test_fit_ridge_solves_the_normal_equations_in_primal_and_dual_form(n, d, t, 
 
 def test_bf16_rows_with_outlier_columns_at_tiny_alpha_are_within_half_a_percent():
     n, d, t = 65536, 512, 32
-    x = torch.randn(n, d)
+    spectrum = torch.arange(1, d + 1) ** -1.25  # cond(S) ~ 1e7: the textbook formula in float32 is wrong by 10 % and more
+    x = (torch.randn(n, d) * spectrum) @ torch.linalg.qr(torch.randn(d, d))[0]
+    x /= x.std()
     x[:, 7] += 60
     x[:, 99] -= 25
     x = x.bfloat16()
-    y = (x.float() @ torch.randn(d, t) / math.sqrt(d) + torch.randn(n, t)).bfloat16()
-    W, b = ridge.fit_ridge(x, y, 1e-8, alpha_scale="trace")
-    centred = x.double() - x.double().mean(0)
-    alpha = 1e-8 * float(centred.square().sum()) / d
+    y = (x.float() @ torch.randn(d, t) / math.sqrt(d) + 0.5 * torch.randn(n, t)).bfloat16()
+    mean = x.double().mean(0)
+    alpha = 1e-8 * float((x.double() - mean).square().sum()) / d
     expected, expected_b = normal_equations(x, y, alpha)
-    assert float((W - expected).norm() / expected.norm()) < 0.005
+
+    def error(W):
+        return float((W - expected).norm() / expected.norm())
+
+    with_ones = torch.cat([x.float(), torch.ones(n, 1)], 1)
+    gram = with_ones.T @ with_ones
+    gram.diagonal()[:d] += alpha
+    assert error(torch.linalg.solve(gram, with_ones.T @ y.float())[:d]) > 0.1
+    streamed = Moments(d, t)
+    for start in range(0, n, 3000):
+        streamed.update(x[start : start + 3000], y[start : start + 3000])
+    W, b = ridge.fit_ridge(x, y, 1e-8, alpha_scale="trace")
+    assert error(W) < 0.005
+    assert error(ridge.solve(streamed, 1e-8).W) < 0.005
     assert float((b - expected_b).norm() / expected_b.norm()) < 0.005
 
 

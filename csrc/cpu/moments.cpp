@@ -22,6 +22,7 @@ constexpr int64_t kGroup = 384;        // columns packed together: a multiple of
 constexpr int64_t kPackRows = 64;      // rows packed together: a group of them stays in L2 for the second layout
 constexpr int64_t kSumRows = 1024;     // rows per partial column sum
 constexpr int64_t kSlabBytes = 32 << 20;
+constexpr int64_t kSlabRows = 3 * kKc;  // rows summed in fp32 before the fp64 merge: with all of 65536, twice the error
 constexpr int64_t kDot = 192;          // rows summed at a time: with 384 the diagonal's error doubles
 constexpr int64_t kBlockPanels = 4;    // B panels a job keeps in L2
 constexpr int64_t kAlone = 1 << 16;    // values read, or 32 multiply-adds each, that one thread does sooner than several
@@ -198,7 +199,8 @@ void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx,
   const int64_t left_x = round_up(x.cols, kMr), right_x = round_up(x.cols, kNr);
   const int64_t left_y = full_y ? round_up(y.cols, kMr) : 0, right_y = round_up(y.cols, kNr);
   const int64_t width = left_x + right_x + left_y + right_y;
-  const int64_t slab = std::min(rows.n, std::max<int64_t>(1, kSlabBytes / (4 * width * kKc)) * kKc);
+  const int64_t fitting = std::max<int64_t>(1, kSlabBytes / (4 * width * kKc)) * kKc;
+  const int64_t slab = std::min({rows.n, kSlabRows, fitting});
   const Buffer packed = allocate(width * slab);
   for (int64_t begin = 0; begin < rows.n; begin += slab) {
     const int64_t depth = std::min(slab, rows.n - begin);
