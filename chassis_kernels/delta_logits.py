@@ -15,6 +15,7 @@ from chassis_kernels.reference import delta_logits as reference
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 _ARGUMENTS = "Tensor hidden, Tensor U, Tensor V, Tensor? bias, Tensor? mean, Tensor? cols, Tensor? adapter_id"
+_CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def delta_logits_(
@@ -42,10 +43,10 @@ def delta_logits_(
     if torch.is_grad_enabled():
         _refuse_grad(logits=logits, hidden=hidden, U=U, V=V, bias=bias, mean=mean)
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
-    if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+    if 0 in rows.stride() and any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise RuntimeError(f"logits of shape {tuple(logits.shape)} are expanded: rows share memory; clone them first")
     torch.ops.chassis.delta_logits_(rows, *arguments)
-    if not _flattens(logits):
+    if rows is not logits and not _flattens(logits):
         logits.copy_(rows.view(logits.shape))
     return logits
 
@@ -83,42 +84,48 @@ def _refuse_grad(**tensors: Tensor | None) -> None:
 
 
 def _checked(logits, hidden, U, V, bias, mean, cols, adapter_id) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Logits as [N, V] and the other arguments as the op takes them: rows flattened, adapters stacked."""
-    if U.dim() == 2 and V.dim() == 2:
-        if adapter_id is not None:
-            raise ValueError("adapter_id needs stacked adapters: U [A, D, r] and V [A, r, K]")
-        U, V = U.unsqueeze(0), V.unsqueeze(0)
-        bias, mean = (t.unsqueeze(0) if t is not None and t.dim() == 1 else t for t in (bias, mean))
-    elif U.dim() != 3 or V.dim() != 3:
+    """Logits as [N, V] and the other arguments as the op takes them, after checking shapes against each other."""
+    if U.dim() != V.dim() or U.dim() not in (2, 3):
         raise ValueError(f"U and V must both be 2-D, or both 3-D: got {tuple(U.shape)} and {tuple(V.shape)}")
-    elif adapter_id is None and U.shape[0] != 1:
-        raise ValueError(f"{U.shape[0]} adapters need adapter_id, one id per row")
-    if logits.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(f"logits {tuple(logits.shape)} and hidden {tuple(hidden.shape)} differ in their rows")
-    if logits.dim() != 2:
+    if logits.dim() != 2 or hidden.dim() != 2:
+        if logits.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(f"logits {tuple(logits.shape)} and hidden {tuple(hidden.shape)} differ in their rows")
         n = math.prod(logits.shape[:-1])
         logits = logits.reshape(n, logits.shape[-1])
         hidden = hidden.reshape(n, hidden.shape[-1])
-    (n, vocabulary), (adapters, width, rank), columns = logits.shape, U.shape, V.shape[2]
+    n, vocabulary = logits.shape
+    *adapters, width, rank = U.shape
+    columns = V.shape[-1]
     _expect("hidden", hidden, (n, width))
-    _expect("V", V, (adapters, rank, columns))
-    _expect("bias", bias, (adapters, columns))
-    _expect("mean", mean, (adapters, width))
-    _expect("cols", cols, (columns,))
-    if cols is None and columns != vocabulary:
+    _expect("V", V, (*adapters, rank, columns))
+    if bias is not None:
+        _expect("bias", bias, (*adapters, columns))
+    if mean is not None:
+        _expect("mean", mean, (*adapters, width))
+    if cols is not None:
+        _expect("cols", cols, (columns,))
+        _expect_int64("cols", cols)
+    elif columns != vocabulary:
         raise ValueError(f"V has {columns} columns and the logits {vocabulary}: name the columns with cols")
     if adapter_id is not None:
+        if not adapters or adapters[0] == 0:
+            raise ValueError("adapter_id needs stacked adapters: U [A, D, r] and V [A, r, K]")
         adapter_id = adapter_id.reshape(-1)
         _expect("adapter_id", adapter_id, (n,))
-    for name, ids in (("cols", cols), ("adapter_id", adapter_id)):
-        if ids is not None and ids.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, not {ids.dtype}")
+        _expect_int64("adapter_id", adapter_id)
+    elif adapters and adapters[0] != 1:
+        raise ValueError(f"{adapters[0]} adapters need adapter_id, one id per row")
     return logits, (hidden, U, V, bias, mean, cols, adapter_id)
 
 
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _expect_int64(name: str, ids: Tensor) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, not {ids.dtype}")
 
 
 def _setup_context(ctx, inputs, output):
@@ -126,35 +133,81 @@ def _setup_context(ctx, inputs, output):
     ctx.logits_dtype = inputs[0].dtype
 
 
-@without_autocast
-def _gradients(grad, hidden, U, V, bias, mean, cols, adapter_id):
-    """Gradients of hidden, U, V, bias and mean from that of the logits; a row without an adapter adds nothing."""
-    dtype = compute_dtype(grad, hidden, U, V, bias, mean)
-    G = (grad if cols is None else grad.index_select(1, cols)).to(dtype)  # [N, K]
-    grad_hidden = torch.zeros_like(hidden, dtype=dtype)
-    grads = []
-    for a in range(U.shape[0]):
-        u, v, mine = U[a].to(dtype), V[a].to(dtype), G
-        if adapter_id is not None:
-            mine = torch.where((adapter_id == a)[:, None], G, 0.0)
-        centred = hidden.to(dtype) if mean is None else hidden.to(dtype) - mean[a].to(dtype)
-        inner = mine @ v.T  # [N, r]
-        through = inner @ u.T  # [N, D]
-        grad_hidden = grad_hidden + through
-        grads.append((centred.T @ inner, (centred @ u).T @ mine, mine.sum(0), -through.sum(0)))
-    stacked = [torch.stack(each) for each in zip(*grads, strict=True)]
-    return (
-        grad_hidden.to(hidden.dtype),
-        *(None if t is None else g.to(t.dtype) for g, t in zip(stacked, (U, V, bias, mean), strict=True)),
-    )
-
-
 def _backward(ctx, grad):
     if grad is None:
         return (None,) * 8
-    if not any(ctx.needs_input_grad[1:]):
-        return grad.to(ctx.logits_dtype), *(None,) * 7
-    return grad.to(ctx.logits_dtype), *_gradients(grad, *ctx.saved_tensors), None, None
+    grad_logits = grad.to(ctx.logits_dtype) if ctx.needs_input_grad[0] else None
+    return grad_logits, *_gradients(grad, ctx.needs_input_grad[1:6], *ctx.saved_tensors), None, None
+
+
+@without_autocast
+def _gradients(grad, needed, hidden, U, V, bias, mean, cols, adapter_id) -> list[Tensor | None]:
+    """Those needed of hidden, U, V, bias and mean, from the logits' gradient; a row without an adapter adds nothing."""
+    for_hidden, for_U, for_V, for_bias, for_mean = needed
+    if not any(needed):
+        return [None] * 5
+    dtype = compute_dtype(grad, hidden, U, V, bias, mean)
+    G = (grad if cols is None else grad.index_select(1, cols)).to(dtype)  # [N, K]
+    grad_hidden = torch.zeros_like(hidden, dtype=dtype) if for_hidden else None
+    each = []
+    for u, v, m, rows in reference.adapters(U, V, mean, adapter_id):
+        u, v = u.to(dtype), v.to(dtype)
+        mine = G if rows is None else torch.where(rows[:, None], G, 0.0)
+        centred = hidden.to(dtype) if m is None else hidden.to(dtype) - m.to(dtype)
+        inner = mine @ v.T  # [N, r]
+        through = inner @ u.T if for_hidden or for_mean else None  # [N, D]
+        if for_hidden:
+            grad_hidden = grad_hidden + through
+        each.append(
+            (
+                centred.T @ inner if for_U else None,
+                (centred @ u).T @ mine if for_V else None,
+                mine.sum(0) if for_bias else None,
+                -through.sum(0) if for_mean else None,
+            )
+        )
+    grads = [grad_hidden]
+    for parts in zip(*each, strict=True):
+        grads.append(None if parts[0] is None else torch.stack(parts) if U.dim() == 3 else parts[0])
+    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, U, V, bias, mean), strict=True)]
+
+
+def _cpu_(logits, hidden, U, V, bias, mean, cols, adapter_id) -> None:
+    inputs = logits, hidden, U, V, bias, mean, cols, adapter_id
+    if not all(t is None or t.is_contiguous() for t in inputs):
+        inputs = tuple(map(backends.rows_contiguous, inputs))
+    out, hidden, U, V, bias, mean, cols, adapter_id = inputs
+    backends._C.delta_logits_(
+        _args(out),
+        _args(hidden),
+        _args(U),
+        _args(V),
+        _args(bias),
+        _args(mean),
+        U.shape[0] if U.dim() == 3 else 1,
+        U.stride(0),
+        V.stride(0),
+        0 if cols is None else cols.data_ptr(),
+        0 if adapter_id is None else adapter_id.data_ptr(),
+    )
+    if out is not logits:
+        logits.copy_(out)
+    torch.autograd.graph.increment_version(logits)
+
+
+def _args(tensor: Tensor | None) -> tuple[int, int, int, int, int] | None:
+    """`backends.matrix_args`, also for the first matrix of a stack, and quick: decoding calls it for every token."""
+    if tensor is None:
+        return None
+    shape, stride = tensor.shape, tensor.stride()
+    rows, step = (shape[-2], stride[-2]) if len(shape) > 1 else (1, 0)
+    return tensor.data_ptr(), rows, shape[-1], step, backends.DTYPE_CODES[tensor.dtype]
+
+
+def _cpu(logits, *arguments) -> Tensor:
+    out = logits.clone()
+    _cpu_(out, *arguments)
+    return out
 
 
 def _example(device: str) -> tuple:
@@ -169,12 +222,14 @@ backends.register(
     reference=reference.delta_logits_,
     fake=lambda *arguments: None,
     example=_example,
+    cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
     f"delta_logits(Tensor logits, {_ARGUMENTS}) -> Tensor",
     reference=reference.delta_logits,
     fake=lambda logits, *arguments: torch.empty_like(logits),
     example=_example,
+    cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
 torch.library.register_autograd(
     "chassis::delta_logits", _backward, setup_context=_setup_context, lib=backends.library

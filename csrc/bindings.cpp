@@ -94,4 +94,12 @@ PYBIND11_MODULE(_C, m) {
                   matrix(yy),    matrix(x),      matrix(y),  matrix(weight)};
     DISPATCH(moments_update(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]));
   });
+  m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
+                            const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,
+                            int64_t stride_V, uintptr_t cols, uintptr_t adapter_id) {
+    chassis::DeltaLogits args{matrix(logits), matrix(hidden), matrix(U), matrix(V), matrix(bias), matrix(mean), adapters,
+                              stride_U, stride_V, reinterpret_cast<const int64_t*>(cols),
+                              reinterpret_cast<const int64_t*>(adapter_id)};
+    DISPATCH(delta_logits_(args));
+  });
 }

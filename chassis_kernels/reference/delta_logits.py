@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
@@ -11,10 +14,10 @@ from chassis_kernels.reference.precision import compute_dtype, without_autocast
 def delta_logits_(
     logits: Tensor,  # [N, V]
     hidden: Tensor,  # [N, D]
-    U: Tensor,  # [A, D, r]
-    V: Tensor,  # [A, r, K]
-    bias: Tensor | None,  # [A, K]
-    mean: Tensor | None,  # [A, D]
+    U: Tensor,  # [D, r] or [A, D, r], and so on
+    V: Tensor,  # [r, K]
+    bias: Tensor | None,  # [K]
+    mean: Tensor | None,  # [D]
     cols: Tensor | None,  # [K]
     adapter_id: Tensor | None,  # [N]
 ) -> None:
@@ -24,20 +27,30 @@ def delta_logits_(
     check_ids(adapter_id, U.shape[0], "adapter_id", lowest=-1)
     if cols is not None:
         cols, position = cols.unique(return_inverse=True)
-    for a in range(U.shape[0]):
-        rows = slice(None) if adapter_id is None else (adapter_id == a).nonzero().squeeze(1)
+    for u, v, c, m, mine in adapters(U, V, bias, mean, adapter_id):
+        rows = torch.arange(len(logits), device=logits.device) if mine is None else mine.nonzero().squeeze(1)
         centred = hidden[rows].to(dtype)
-        if mean is not None:
-            centred = centred - mean[a].to(dtype)
-        delta = (centred @ U[a].to(dtype)) @ V[a].to(dtype)
-        if bias is not None:
-            delta = delta + bias[a].to(dtype)
+        if m is not None:
+            centred = centred - m.to(dtype)
+        delta = (centred @ u.to(dtype)) @ v.to(dtype)
+        if c is not None:
+            delta = delta + c.to(dtype)
         if cols is None:
             logits[rows] = (logits[rows].to(dtype) + delta).to(logits.dtype)
-            continue
-        summed = delta.new_zeros(delta.shape[0], len(cols)).index_add_(1, position, delta)
-        where = (slice(None), cols) if adapter_id is None else (rows[:, None], cols)
-        logits[where] = (logits[where].to(dtype) + summed).to(logits.dtype)
+        else:
+            summed = delta.new_zeros(len(rows), len(cols)).index_add_(1, position, delta)
+            where = rows[:, None], cols
+            logits[where] = (logits[where].to(dtype) + summed).to(logits.dtype)
+
+
+def adapters(*arguments: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield each adapter's share of stacked tensors, and with it which rows are its own (None: all of them)."""
+    *tensors, adapter_id = arguments
+    if tensors[0].dim() == 2:
+        yield *tensors, None
+        return
+    for a in range(tensors[0].shape[0]):
+        yield *(None if t is None else t[a] for t in tensors), None if adapter_id is None else adapter_id == a
 
 
 def delta_logits(logits: Tensor, *arguments: Tensor | None) -> Tensor:

@@ -14,11 +14,19 @@ struct Matrix {
   DType dtype = DType::fp32;
 };
 
+// U [A, D, r] and V [A, r, K] are the first adapter's matrix and the step, in elements, to the next one's.
+struct DeltaLogits {
+  Matrix logits, hidden, U, V, bias, mean;
+  int64_t adapters, stride_U, stride_V;
+  const int64_t *cols, *adapter_id;  // either may be null
+};
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
   void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx, const Matrix& mean_y,         \
-                      const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight);
+                      const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight); \
+  void delta_logits_(const DeltaLogits& args);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }
