@@ -4,15 +4,20 @@ from chassis_kernels.backends import BackendError, capabilities, use_backend
 from chassis_kernels.delta_logits import delta_logits, delta_logits_
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
 from chassis_kernels.moments import Moments, moments_update_
+from chassis_kernels.ridge import RidgeSolution, fit_ridge
+from chassis_kernels.streaming_ridge import StreamingRidge
 
 __all__ = [
     "BackendError",
     "Delta",
     "LinearKLStats",
     "Moments",
+    "RidgeSolution",
+    "StreamingRidge",
     "capabilities",
     "delta_logits",
     "delta_logits_",
+    "fit_ridge",
     "linear_kl",
     "mean_probabilities",
     "moments_update_",

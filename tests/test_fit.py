@@ -40,7 +40,8 @@ def test_fit_gives_adapter_lens_and_report(models, tmp_path):
     }
     assert report["no_op"]["kl"] > 0 and all("share_removed" in row for row in report["layers"] + report["ranks"])
     best = next(row for row in report["ranks"] if row["rank"] == 8 and row["kind"] == "refined")
-    assert best["kl"] < report["no_op"]["kl"] and best["share_removed"] == pytest.approx(1 - best["kl"] / report["no_op"]["kl"])
+    no_op = report["no_op"]["kl"]
+    assert best["kl"] < no_op and best["share_removed"] == pytest.approx(1 - best["kl"] / no_op)
     assert result.adapter.config.kl < result.adapter.config.no_op_kl
     assert not (tmp_path / NAME).exists()
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support import documents, pair
-
 from chassis.errors import ChassisError
 from chassis.lens import Lens, fit_lens
 from chassis.probes import Probe, make_windows
 from chassis.statistics import Statistics
+from support import documents, pair
+
 from chassis_kernels import fit_ridge
 
 

@@ -1,7 +1,6 @@
 """The main job on the testbed: the figures this project promises for real (small) models and real held-out source code."""
 
 import pytest
-
 from chassis.experts import load_expert
 from chassis.fit import Base, FitOptions, fit
 from chassis.models import load_causal_lm

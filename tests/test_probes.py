@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from support import documents, pair, splits
-
 from chassis.errors import ChassisError
 from chassis.experts import ModelExpert
 from chassis.probes import Probe, Window, check_disjoint, check_not_fitted, make_windows, save_keys
 from chassis.statistics import Statistics
+from support import documents, pair, splits
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,8 @@ def gather(base, expert, windows, **options):
 
 def close(a: Statistics, b: Statistics) -> bool:
     """Equal to fp32 rounding of the forward passes, which batch shapes may move."""
-    pairs = [(a.final.S, b.final.S), (a.final.C, b.final.C), (a.layers[2].S, b.layers[2].S), (a.final.mean_y, b.final.mean_y)]
+    one, two = ([s.final.S, s.final.C, s.layers[2].S, s.final.mean_y] for s in (a, b))
+    pairs = zip(one, two, strict=True)
     return a.n_rows == b.n_rows and all(torch.allclose(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max())) for x, y in pairs)
 
 
@@ -78,7 +78,8 @@ def test_nan_hidden_states_name_the_model_and_document(models, tiny_lm):
     with torch.no_grad():
         broken.get_input_embeddings().weight[40] = float("nan")
     bad = ModelExpert(broken, base.head, "broken")
-    windows = [Window(np.array([3, 4, 5], dtype=np.int32), "fine", 2), Window(np.array([3, 40, 5], dtype=np.int32), "doc7", 2)]
+    texts = {"fine": [3, 4, 5], "doc7": [3, 40, 5]}
+    windows = [Window(np.array(ids, dtype=np.int32), name, 2) for name, ids in texts.items()]
     with pytest.raises(ChassisError, match="expert 'broken' are NaN or infinite.*doc7"):
         Probe(base.model, bad).rows(windows)
 
