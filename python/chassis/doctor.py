@@ -44,7 +44,7 @@ def environment() -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu extension": "built" if backends._C else None,
-        "cpu_isa": backends._C.isa() if backends._C else None,
+        "cpu_isa": backends.cpu_isa() if backends._C else None,
         "gpu": _gpu(),
         "compiler": _compiler(),
         "python headers": _headers(),
@@ -63,13 +63,15 @@ def print_findings(findings: dict, console) -> None:
         table.add_row(name, Text("–", "dim") if value is None else Text(str(value)))
     console.print(table)
     table = Table(title="Ops by backend", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
-    for column in ("op", "backend", "built", "executed here", "last verified"):
-        table.add_column(column, overflow="fold")
+    for column in ("op", "backend", "built", "executed here"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("last verified", overflow="fold")
     for row in findings["capabilities"]:
-        executed = Text("yes", "green") if row["executed"] else Text(f"no: {row['note']}", "yellow")
-        built = Text("yes", "green") if row["built"] else Text("no", "yellow")
-        table.add_row(row["op"], row["backend"], built, executed, Text(row["verified"]))
+        answers = (Text("yes", "green") if row[name] else Text("no", "yellow") for name in ("built", "executed"))
+        table.add_row(row["op"], row["backend"], *answers, Text(row["verified"]))
     console.print(table)
+    for backend, note in dict.fromkeys((r["backend"], r["note"]) for r in findings["capabilities"] if r["note"]):
+        console.print(Text(f"{backend}: {note}", "dim"), soft_wrap=True)
     for hint in findings["hints"]:
         console.print(Text("→ ", "yellow bold") + Text(hint), soft_wrap=True)
     if not findings["hints"]:
@@ -97,8 +99,8 @@ def _hints(found: dict, capabilities: list[dict]) -> list[str]:
         else:
             hints.append("the C++ extension is not built although a compiler is there")
         hints.append(
-            "then build it: `make` in a checkout, else `CHASSIS_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps "
-            "--no-binary chassis-kernels chassis-kernels`, which stops with the compiler's message if it fails"
+            "then build it: `make` in a checkout, or `CHASSIS_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps` and "
+            "the path of the source, which stops with the compiler's message if it fails"
         )
     if found["gpu"] and not found["triton"]:
         hints.append("a GPU but no triton: `pip install 'chassis-kernels[gpu]'`")
