@@ -3,13 +3,12 @@
 import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from chassis.experts import ModelExpert
 from chassis.fit import Base
 from chassis.models import inspect_head
 from chassis.text.corpus import Document
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WORDS = "the quick brown fox jumps over lazy dog def return x in class self import for if".split()
 

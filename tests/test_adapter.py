@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from support import documents, pair
-
 from chassis.adapter import Adapter
 from chassis.attach import attach
 from chassis.closed_form import closed_form
@@ -15,6 +13,7 @@ from chassis.export import export_peft, merge, merge_to
 from chassis.models import inspect_head, load_causal_lm, vocabulary_hash
 from chassis.probes import Probe, make_windows
 from chassis.statistics import Statistics
+from support import documents, pair
 
 
 def fitted(base, expert, tokenizer, rank=6, columns=None):

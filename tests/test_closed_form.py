@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from support import documents, pair
-
 from chassis.closed_form import closed_form, fisher
 from chassis.errors import ChassisError
 from chassis.experts import CallableExpert, LogitBiasExpert, LowRankExpert, token_ids
 from chassis.probes import Probe, make_windows
 from chassis.refine import delta_of, mean_kl
 from chassis.statistics import Statistics
+from support import documents, pair
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from support import documents, pair
-
 from chassis.closed_form import closed_form
 from chassis.errors import ChassisError
 from chassis.probes import Probe, make_windows
 from chassis.refine import mean_kl, refine
 from chassis.statistics import Statistics
+from support import documents, pair
 
 
 @pytest.fixture(scope="module")
