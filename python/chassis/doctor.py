@@ -99,8 +99,8 @@ def _hints(found: dict, capabilities: list[dict]) -> list[str]:
         else:
             hints.append("the C++ extension is not built although a compiler is there")
         hints.append(
-            "then build it: `make` in a checkout, or `CHASSIS_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps` and "
-            "the path of the source, which stops with the compiler's message if it fails"
+            "then build it: `make` in a checkout, or `CHASSIS_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps` "
+            "with the path of the source, which stops with the compiler's message if it fails"
         )
     if found["gpu"] and not found["triton"]:
         hints.append("a GPU but no triton: `pip install 'chassis-kernels[gpu]'`")
