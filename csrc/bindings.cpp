@@ -87,6 +87,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp_nonpositive", [](uintptr_t x, uintptr_t out, int64_t n) {
     DISPATCH(exp_nonpositive(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n));
   });
+  m.def("convert", [](const py::object& x, const py::object& out) {
+    Matrix from = matrix(x), to = matrix(out);
+    DISPATCH(convert(from, to));
+  });
   m.def("moments_update", [](const py::object& count, const py::object& mean_x, const py::object& xx, const py::object& mean_y,
                              const py::object& xy, const py::object& yy, const py::object& x, const py::object& y,
                              const py::object& weight) {

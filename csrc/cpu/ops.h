@@ -24,6 +24,7 @@ struct DeltaLogits {
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
+  void convert(const Matrix& x, const Matrix& out);                                                              \
   void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx, const Matrix& mean_y,         \
                       const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight); \
   void delta_logits_(const DeltaLogits& args);
