@@ -10,6 +10,7 @@ from chassis.errors import ChassisError
 from chassis.models import inspect_head, load_causal_lm
 from chassis.testbed import DOMAINS, HELD_OUT, build, cache_folder
 from chassis.testbed.corpus import standard_library
+from chassis.testbed.make import _run_together
 from chassis.testbed.recipe import Schedule
 from chassis.testbed.train import bits_per_byte, token_stream, train
 from chassis.text.corpus import Document, load_documents
@@ -39,7 +40,7 @@ def test_expert_knows_source_better_and_paid_little_on_prose(testbed):
 
 
 def test_manifest_tells_what_was_made(testbed):
-    assert [models(testbed)[name]["steps"] for name in NAMES] == [600, 250, 450]
+    assert [models(testbed)[name]["steps"] for name in NAMES] == [600, 250, 400]
     assert json.loads((testbed.base.parent / "manifest.json").read_text()) == testbed.manifest
     for name in NAMES:
         model, tokenizer = load_causal_lm(getattr(testbed, name))
@@ -166,6 +167,20 @@ def test_two_builds_at_once_train_once(monkeypatch, own_cache):
     for thread in threads:
         thread.join()
     assert len(calls) == 1
+
+
+def test_failure_of_one_training_stops_the_other():
+    stopped = threading.Event()
+
+    def fails():
+        raise MemoryError("none left")
+
+    def runs_until_stopped():
+        assert stopped.wait(timeout=30)
+        return {}
+
+    with pytest.raises(MemoryError, match="none left"):
+        _run_together(stopped, runs_until_stopped, fails)
 
 
 def test_cache_that_cannot_be_written_is_a_clear_error(monkeypatch, tmp_path):

@@ -105,7 +105,9 @@ def _build_once(folder: Path, size: str, progress: bool) -> None:
                 shutil.rmtree(working, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or error
-        raise ChassisError(f"cannot write the testbed to {folder} ({reason}); set CHASSIS_CACHE to another folder") from error
+        raise ChassisError(
+            f"cannot write the testbed to {folder} ({reason}); set CHASSIS_CACHE to another folder"
+        ) from error
 
 
 def _read(path: Path) -> list[Document]:

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from chassis.testbed.recipe import Schedule
 from chassis.text.corpus import Document
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
-HEAP_LIMIT = 32 * 2**20  # the largest mmap threshold glibc takes on 64 bits
+# glibc's malloc.h: option, value while training, value afterwards. 32 MiB is the largest mmap threshold it takes; in one
+# arena, the main one, threads share a heap that may grow, while others return a large buffer as soon as it is free.
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1, 2**17), "M_MMAP_THRESHOLD": (-3, 2**25, 2**17), "M_ARENA_MAX": (-8, 1, 0)}
 MOST_THREADS = 8  # more only wait for each other in products this small
 
 
@@ -111,17 +112,15 @@ def tuned_cpu() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(min(available_cores(), MOST_THREADS))
     mallopt = ctypes.CDLL(None).mallopt if platform.libc_ver()[0] == "glibc" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, HEAP_LIMIT)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    for option, value, _ in MALLOPT.values() if mallopt else ():
+        mallopt(option, value)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_num_threads(threads)
-        if mallopt:
-            mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-            mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        for option, _, value in MALLOPT.values() if mallopt else ():
+            mallopt(option, value)
 
 
 def available_cores() -> int:
