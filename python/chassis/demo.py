@@ -11,7 +11,12 @@ from chassis.results import measure, summarise
 from chassis.testbed import Testbed
 
 OPTIONS = FitOptions(rank=32, ranks=(4, 8, 16, 32, 64), max_windows=1000, max_test_windows=256)
-PROMPTS = ("def ", "import os\n\nclass ", "    for name in ")
+PROMPTS = (
+    'def close(self):\n        """Close the file."""\n        if self.',
+    "class Reader:\n    def __init__(self, file, encoding=None):\n        ",
+    "class Error(Exception):\n    ",
+)
+REPETITION_PENALTY = 1.3  # models of a million parameters otherwise fall into loops
 
 
 def run_demo(
@@ -26,7 +31,10 @@ def run_demo(
     expert = load_expert(str(testbed.expert), base.head, tokenizer)
     result = fit(base, expert, testbed.documents["source"], options, out=out, progress=progress)
     scores = measure(base, expert, result, progress)
-    return summarise(base, expert, result, scores, PROMPTS, "A prose model learns to speak Python, without a training loop")
+    for speaker in (model, expert.model):
+        speaker.generation_config.repetition_penalty = REPETITION_PENALTY
+    results = summarise(base, expert, result, scores, PROMPTS, "A prose model learns to speak Python")
+    return results | {"decoding": f"greedy, repetition penalty {REPETITION_PENALTY}"}
 
 
 def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:

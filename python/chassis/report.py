@@ -18,7 +18,7 @@ from chassis.files import write_folder
 CAPTIONS = {
     "kl_by_rank": "KL of the adapter at each rank. Dashed: what doing nothing scores. Right axis: the share of it removed.",
     "kl_by_layer": "KL of the affine lens read off each layer; the last point is the input of the unembedding.",
-    "spectrum": "KL explained, to second order, by each direction of the full-rank change. The adapter keeps the shaded.",
+    "spectrum": "KL that each direction of the full-rank change explains, to second order. Shaded: what the adapter keeps.",
     "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
     "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
 }
