@@ -50,14 +50,13 @@ def test_manifest_tells_what_was_made(testbed):
     assert models(testbed)["base"]["width"] != models(testbed)["other_expert"]["width"]
 
 
-def test_figures_of_the_manifest_are_those_of_the_saved_models(testbed):
+def test_figure_of_the_manifest_is_that_of_the_saved_model(testbed):
     recipe = testbed.manifest["recipe"]
-    for name in ("base", "other_expert"):
-        openings = [
-            Document.from_text(d.text[: recipe["scored_characters"]], d.source) for d in testbed.documents["source"]["test"]
-        ]
-        figure = bits_per_byte(*load_causal_lm(getattr(testbed, name)), openings, recipe["length"])
-        assert figure == pytest.approx(models(testbed)[name]["bits_per_byte"]["source"], rel=1e-3)
+    openings = [
+        Document.from_text(d.text[: recipe["scored_characters"]], d.source) for d in testbed.documents["prose"]["test"]
+    ]
+    figure = bits_per_byte(*load_causal_lm(testbed.expert), openings, recipe["length"])
+    assert figure == pytest.approx(models(testbed)["expert"]["bits_per_byte"]["prose"], rel=1e-3)
 
 
 def test_heads_are_untied_in_the_base_and_tied_in_the_other_expert(testbed):
@@ -77,12 +76,13 @@ def test_splits_share_no_document(testbed):
     assert len(ids) == len(set(ids)) and all(groups)
 
 
-@pytest.mark.parametrize("split", HELD_OUT)
-def test_held_out_text_does_not_repeat_training_text(testbed, split):
-    seen = long_lines(testbed.training["source"]) | long_lines(testbed.training["prose"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_scored_text_does_not_repeat_what_models_and_adapters_learn(testbed, split):
+    learnt = [testbed.training[d] for d in DOMAINS] + [testbed.documents[d]["fit"] for d in DOMAINS]
+    seen = set().union(*map(long_lines, learnt))
     for domain in DOMAINS:
         lines = long_lines(testbed.documents[domain][split])
-        assert len(lines & seen) <= 0.03 * len(lines)
+        assert len(lines & seen) <= 0.05 * len(lines)
 
 
 def test_docstrings_follow_their_module(testbed):
@@ -211,7 +211,7 @@ def test_uniform_model_costs_the_logarithm_of_its_vocabulary(tiny_lm, tiny_token
     model = tiny_lm("llama", tie_word_embeddings=False)
     torch.nn.init.zeros_(model.lm_head.weight)
     documents = [Document.from_text(text * 9, "made") for text in SAMPLES]
-    n_tokens = sum(len(tiny_tokenizer(d.text)["input_ids"]) for d in documents)
+    n_tokens = sum(len(tiny_tokenizer(d.text, split_special_tokens=True)["input_ids"]) for d in documents)
     n_bytes = sum(len(d.text.encode()) for d in documents)
     want = n_tokens * math.log2(len(tiny_tokenizer)) / n_bytes
     assert bits_per_byte(model, tiny_tokenizer, documents, length=16) == pytest.approx(want, rel=1e-6)
