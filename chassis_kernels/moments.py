@@ -42,6 +42,7 @@ class Moments:
     xy = _merged("xy", "C, [D, T].")
     yy = _merged("yy", "q, [T]; with full_y the upper triangle of Σ w (y-m_y)ᵀ(y-m_y), [T, T].")
 
+    @torch.inference_mode(False)  # made under inference mode, the moments must still be updatable outside
     def __init__(
         self, dim_x: int, dim_y: int = 0, *, full_y: bool = False, device: torch.device | str = "cpu"
     ) -> None:
@@ -147,7 +148,8 @@ class Moments:
     def copy(self) -> Moments:
         """Independent moments with the same content."""
         new = Moments(self.dim_x, self.dim_y, full_y=self.full_y, device=self.device)
-        new._state = {name: tensor.clone() for name, tensor in self._state.items()}
+        for name, tensor in new._state.items():
+            tensor.copy_(self._state[name])
         if self._waiting.n:
             new._waiting.add(self._waiting.batch())
         new.rows, new.dropped = self.rows, self.dropped

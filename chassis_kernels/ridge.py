@@ -24,7 +24,7 @@ from chassis_kernels.rows import not_finite
 FLOOR = 10 * torch.finfo(torch.float64).eps  # times the largest eigenvalue: no smaller α changes S + αI reliably
 
 
-@dataclass
+@dataclass(eq=False)
 class RidgeSolution:
     """W [D, T] and b [T] in float64 for the absolute penalty `alpha`: predictions are x @ W + b."""
 

@@ -110,6 +110,7 @@ class Waiting:
             self._buffers[2][place] = 1 if weight is None else weight
         self.n = place.stop
 
+    @torch.inference_mode(False)
     def _allocate(self, batch: Batch) -> None:
         x, y, _ = batch
         size = max(capacity(batch), len(x))

@@ -77,6 +77,17 @@ def test_waiting_rows_are_merged_when_a_moment_is_read():
     assert moments.rows == 12 and float(moments.count) < 12 and moments.S.diagonal().min() > 0
 
 
+def test_inference_mode_may_come_and_go():
+    x, y = rows(PENDING_ROWS + 1)
+    inside, outside = Moments(6, 3).update(x[:5], y[:5]), Moments(6, 3).update(x[:5], y[:5])
+    with torch.inference_mode():
+        inside = inside.copy().update(x * 1, y * 1).update(x[:7] * 1, y[:7] * 1)
+    for moments in (inside, outside):
+        moments.update(x, y).update(x[:7], y[:7])
+    outside.update(x, y).update(x[:7], y[:7])
+    assert_equal(inside, outside)
+
+
 @pytest.mark.parametrize("batches_before", [0, 1, 9, 20])
 def test_a_run_resumed_from_disk_ends_bit_identical(tmp_path, batches_before):
     dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
