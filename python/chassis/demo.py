@@ -19,9 +19,7 @@ PROMPTS = (
 REPETITION_PENALTY = 1.3  # models of a million parameters otherwise fall into loops
 
 
-def run_demo(
-    testbed: Testbed, out: str | Path, progress: Progress | None = None, options: FitOptions = OPTIONS
-) -> dict:
+def run_demo(testbed: Testbed, out: str | Path, progress: Progress | None = None, options: FitOptions = OPTIONS) -> dict:
     """Make the testbed's base speak like its same-tokenizer expert; results as `chassis.report` draws them.
 
     Adapter, lens and resumable statistics go to `out`. Raises ChassisError if it cannot be written.

@@ -118,9 +118,7 @@ def _ranks(results: dict) -> Table:
 
 
 def _layers(results: dict) -> Table:
-    rows = [
-        Row([row["name"], *_kl(row, results["no_op"]), _share(row.get("top1"))]) for row in results.get("layers") or []
-    ]
+    rows = [Row([row["name"], *_kl(row, results["no_op"]), _share(row.get("top1"))]) for row in results.get("layers") or []]
     return Table("Lenses by layer", ["lens", "KL", "±", "no-op KL", "removed", "top-1"], rows)
 
 
@@ -223,7 +221,9 @@ def _passage(results: dict) -> dict | None:
 
 def _notes(results: dict) -> list[str]:
     environment = results.get("environment") or {}
-    notes = [f"Positions: {results.get('positions', 'all')}. Vocabulary {results.get('vocabulary_hash', '')[:12]}."]
+    notes = [f"Positions: {results.get('positions', 'all')}."]
+    if results.get("vocabulary_hash"):
+        notes.append(f"Vocabulary {results['vocabulary_hash'][:12]}.")
     notes.append(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
     return [note for note in notes if note]
 

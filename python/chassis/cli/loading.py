@@ -58,7 +58,7 @@ def read_all(data: Sequence[str], *, text_column: str, split: str, max_tokens: i
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
-    """"all", "none" or "0,4,8"."""
+    """Which layers `all`, `none` or `0,4,8` means."""
     return text if text in ("all", "none") else parse_numbers("layers", text, "all, none or numbers such as 0,4,8")
 
 
@@ -76,9 +76,7 @@ def adapter_and_base(folder: Path, base: str | None, dtype: str | None, device: 
 
     adapter = Adapter.load(folder)
     loaded = load_base(base or adapter.config.base, dtype, device)
-    adapter.check_base(
-        width=loaded.head.width, vocab_size=loaded.head.vocab_size, vocabulary_hash=loaded.vocabulary_hash
-    )
+    adapter.check_base(width=loaded.head.width, vocab_size=loaded.head.vocab_size, vocabulary_hash=loaded.vocabulary_hash)
     return adapter, loaded
 
 
