@@ -18,6 +18,8 @@ _INPUTS = (
     "float? softcap_a, float? softcap_b, float scale_a, float scale_b"
 )
 
+_CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
 
 class Delta(NamedTuple):
     """A low-rank change u v + c of the logits a, added before scale and softcap."""
@@ -155,6 +157,33 @@ def _fake_backward(grad, h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, *options):
     return u.new_empty(u.shape), v.new_empty(v.shape), v.new_empty(0) if c is None else c.new_empty(c.shape)
 
 
+def _cpu_args(tensors, softcap_a, softcap_b, scale_a, scale_b) -> tuple:
+    return *map(backends.matrix_args, tensors), softcap_a or 0.0, softcap_b or 0.0, scale_a, scale_b
+
+
+def _cpu(*inputs):
+    tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
+    n = tensors[0].shape[0]
+    out = tuple(torch.empty(n, dtype=d) for d in (torch.float32, torch.float64, torch.float64, torch.int64, torch.int64))
+    backends._C.linear_kl(_cpu_args(tensors, *inputs[9:]), *(t.data_ptr() for t in out))
+    return out
+
+
+def _cpu_backward(grad, *inputs):
+    tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
+    *options, lse_a, lse_b = inputs[9:]
+    grad, lse_a, lse_b = grad.float().contiguous(), lse_a.contiguous(), lse_b.contiguous()
+    u, v, c = tensors[6:]
+    grad_u, grad_v = torch.empty(u.shape), torch.zeros(v.shape)
+    grad_c = torch.zeros(0 if c is None else c.shape[0])
+    backends._C.linear_kl_backward(
+        _cpu_args(tensors, *options),
+        *(t.data_ptr() for t in (grad, lse_a, lse_b, grad_u, grad_v)),
+        0 if c is None else grad_c.data_ptr(),
+    )
+    return grad_u.to(u.dtype), grad_v.to(v.dtype), grad_c if c is None else grad_c.to(c.dtype)
+
+
 def _example(device: str) -> tuple:
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5), (7, 5), (3, 4), (7, 4), (7,), (7,), (3, 2), (2, 7), (7,))
@@ -172,12 +201,16 @@ backends.register(
     reference=reference.linear_kl,
     fake=_fake,
     example=_example,
+    cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    inputs=slice(0, 9),
 )
 backends.register(
     f"linear_kl_backward(Tensor grad, {_INPUTS}, Tensor lse_a, Tensor lse_b) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_kl_backward,
     fake=_fake_backward,
     example=_example_backward,
+    cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    inputs=slice(1, 10),
 )
 torch.library.register_autograd(
     "chassis::linear_kl", _backward, setup_context=_setup_context, lib=backends.library

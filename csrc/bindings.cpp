@@ -23,6 +23,15 @@ Matrix matrix(const py::object& given) {
           t[3].cast<int64_t>(), static_cast<DType>(t[4].cast<int>())};
 }
 
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// nine tensors, then softcap_a, softcap_b (0: none), scale_a, scale_b
+chassis::LinearKL linear_kl_args(const py::tuple& t) {
+  return {matrix(t[0]), matrix(t[1]), matrix(t[2]), matrix(t[3]), matrix(t[4]), matrix(t[5]), matrix(t[6]), matrix(t[7]),
+          matrix(t[8]), t[9].cast<float>(), t[10].cast<float>(), t[11].cast<float>(), t[12].cast<float>()};
+}
+
 enum class Isa { portable, avx2, avx512 };
 
 Isa detect() {
@@ -102,8 +111,19 @@ PYBIND11_MODULE(_C, m) {
                             const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,
                             int64_t stride_V, uintptr_t cols, uintptr_t adapter_id) {
     chassis::DeltaLogits args{matrix(logits), matrix(hidden), matrix(U), matrix(V), matrix(bias), matrix(mean), adapters,
-                              stride_U, stride_V, reinterpret_cast<const int64_t*>(cols),
-                              reinterpret_cast<const int64_t*>(adapter_id)};
+                              stride_U, stride_V, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
     DISPATCH(delta_logits_(args));
+  });
+  m.def("linear_kl", [](const py::tuple& inputs, uintptr_t kl, uintptr_t lse_a, uintptr_t lse_b, uintptr_t argmax_a,
+                        uintptr_t argmax_b) {
+    chassis::LinearKL args = linear_kl_args(inputs);
+    DISPATCH(linear_kl(args, {pointer<float>(kl), pointer<double>(lse_a), pointer<double>(lse_b), pointer<int64_t>(argmax_a),
+                              pointer<int64_t>(argmax_b)}));
+  });
+  m.def("linear_kl_backward", [](const py::tuple& inputs, uintptr_t grad, uintptr_t lse_a, uintptr_t lse_b, uintptr_t u,
+                                 uintptr_t v, uintptr_t c) {
+    chassis::LinearKL args = linear_kl_args(inputs);
+    DISPATCH(linear_kl_backward(args, pointer<float>(grad), pointer<double>(lse_a), pointer<double>(lse_b),
+                                {pointer<float>(u), pointer<float>(v), pointer<float>(c)}));
   });
 }

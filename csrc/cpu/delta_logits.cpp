@@ -6,19 +6,13 @@
 //   many rows  U and V are packed once, then each thread takes whole blocks from hidden states to logits.
 // A change is summed in fp32 and added to its logit with one rounding, also where `cols` repeats a column.
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/gemm.h"
-#include "cpu/ops.h"
-#ifdef _OPENMP
-#include <omp.h>
-#else
-inline int omp_get_max_threads() { return 1; }
-#endif
+#include "cpu/tensor.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
@@ -28,30 +22,6 @@ constexpr int64_t kColumnChunk = 2048;  // columns of a block's change kept at a
 constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packed panel
 constexpr int64_t kSum = 64;            // products per running sum: longer ones lose digits
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
-
-template <class F>
-void with_type(const Matrix& m, F f) {
-  if (m.dtype == DType::bf16) f(static_cast<bf16*>(m.data));
-  else if (m.dtype == DType::fp16) f(static_cast<fp16*>(m.data));
-  else f(static_cast<float*>(m.data));
-}
-
-template <class T>
-inline void put(T* p, vf v) { store(p, v); }
-inline void put(bf16* p, vf v) {
-  vi bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  vi rounded = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 64;
-  vh half = __builtin_convertvector(rounded, vh);
-  std::memcpy(p, &half, sizeof half);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Uninitialised: the pages of a large zeroed buffer would cost more than the products of a few rows.
-struct Buffer : std::unique_ptr<float[]> {
-  explicit Buffer(int64_t n) : std::unique_ptr<float[]>(new float[std::max<int64_t>(n, 1)]) {}
-};
 
 // Rows of activations as [chunk of kKc columns][row][kKc]: a stride known to the compiler saves an address per row.
 struct Rows {
@@ -241,7 +211,7 @@ class Update {
   template <class T>
   static void add_all(T* row, int64_t count, const float* change, const float* shift) {
     int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) put(row + j, load(row + j) + (load(change + j) + load(shift + j)));
+    for (; j + kLanes <= count; j += kLanes) store_rounded(row + j, load(row + j) + (load(change + j) + load(shift + j)));
     for (; j < count; ++j) from_float(to_float(row[j]) + (change[j] + shift[j]), row[j]);
   }
 
@@ -257,7 +227,7 @@ class Update {
     for (; count > 0; cols += kBatch, change += kBatch, shift += kBatch, count -= kBatch) {
       int64_t here = std::min(kBatch, count), j = 0;
       for (j = 0; j < here; ++j) old[j] = to_float(row[cols[j]]);
-      for (j = 0; j + kLanes <= here; j += kLanes) put(fresh + j, load(old + j) + (load(change + j) + load(shift + j)));
+      for (j = 0; j + kLanes <= here; j += kLanes) store_rounded(fresh + j, load(old + j) + (load(change + j) + load(shift + j)));
       for (; j < here; ++j) from_float(old[j] + (change[j] + shift[j]), fresh[j]);
       for (j = 0; j < here; ++j) row[cols[j]] = fresh[j];
     }

@@ -21,13 +21,28 @@ struct DeltaLogits {
   const int64_t *cols, *adapter_id;  // either may be null
 };
 
+// Side b is h_b W_b^T, or h_b itself without W_b; softcap 0 means none.
+struct LinearKL {
+  Matrix h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c;
+  float softcap_a, softcap_b, scale_a, scale_b;
+};
+struct LinearKLResult {
+  float* kl;
+  double *lse_a, *lse_b;
+  int64_t *argmax_a, *argmax_b;
+};
+struct LinearKLGradients { float *u, *v, *c; };  // v and c zeroed by the caller; c may be null
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
   void convert(const Matrix& x, const Matrix& out);                                                              \
   void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx, const Matrix& mean_y,         \
                       const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight); \
-  void delta_logits_(const DeltaLogits& args);
+  void delta_logits_(const DeltaLogits& args);                                                                   \
+  void linear_kl(const LinearKL& args, const LinearKLResult& out);                                               \
+  void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \
+                          const LinearKLGradients& out);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }
