@@ -216,6 +216,7 @@ class Moments:
             save_file(state, temporary, metadata=FORMAT | {"full_y": str(int(self.full_y))})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)

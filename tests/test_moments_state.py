@@ -105,6 +105,12 @@ def test_a_run_resumed_from_disk_ends_bit_identical(tmp_path, batches_before):
     assert_equal(resumed, straight)
 
 
+def test_moments_without_y_and_without_rows_are_saved_too(tmp_path):
+    for moments in (Moments(6), Moments(6).update(rows(30)[0]), Moments(6, 3)):
+        moments.save(tmp_path / "moments.safetensors")
+        assert_equal(Moments.load(tmp_path / "moments.safetensors"), moments)
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "moments.safetensors"
     old = Moments(6, 3).update(*rows(50))
