@@ -125,8 +125,8 @@ def test_folder_without_documents(tmp_path):
 def test_no_source_and_negative_limit(tmp_path):
     with pytest.raises(ChassisError, match="no source"):
         load_documents([])
-    with pytest.raises(ChassisError, match="limit=-1"):
-        load_documents(tmp_path, limit=-1)
+    with pytest.raises(ChassisError, match="limit=0"):
+        load_documents(tmp_path, limit=0)
 
 
 def make(n):

@@ -52,7 +52,7 @@ class Documents:
     def __iter__(self) -> Iterator[Document]:
         self.duplicates = self.blank = 0
         seen: set[str] = set()
-        for source in self.sources if self.limit != 0 else ():
+        for source in self.sources:
             for text, origin in _read(source, self.text_column, self.split):
                 if not text or text.isspace():
                     self.blank += 1
@@ -86,8 +86,8 @@ def load_documents(
     given = [source] if isinstance(source, str | Path) else list(source)
     if not given:
         raise DataError("no source of documents was given: name a file, a folder or hf://owner/name")
-    if limit is not None and limit < 0:
-        raise DataError(f"limit={limit}: expected a number of documents, or None for all of them")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: expected at least one document, or None for all of them")
     sources = [path for item in given for path in _expand(str(item))]
     return Documents(sources, text_column, split, limit)
 
@@ -216,7 +216,7 @@ def _read_hub(source: str, text_column: str, split: str) -> Iterator[tuple[str, 
             yield _text_of(row, text_column, origin), origin
     except DataError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the network, the hub and the readers of many formats each raise their own kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{source}: cannot read split {split!r} from the hub ({reason[0]}). Check the name, the split, the network and, "
