@@ -115,11 +115,15 @@ class Adapter:
 
     def full_columns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(V [r, vocabulary], bias [vocabulary]) with zeros in the columns the adapter leaves alone."""
+        return self.in_vocabulary(self.V, self.bias)
+
+    def in_vocabulary(self, v: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v [r, K] and bias [K] over this adapter's columns, spread over the vocabulary; differentiable."""
         if self.cols is None:
-            return self.V, self.bias
-        v = self.V.new_zeros(self.rank, self.config.vocab_size).index_add_(1, self.cols, self.V)
-        bias = self.bias.new_zeros(self.config.vocab_size).index_add_(0, self.cols, self.bias)
-        return v, bias
+            return v, bias
+        size = self.config.vocab_size
+        wide = v.new_zeros(len(v), size).index_add(1, self.cols, v)
+        return wide, bias.new_zeros(size).index_add(0, self.cols, bias)
 
     def check_base(self, *, width: int, vocab_size: int, vocabulary_hash: str = "") -> None:
         """Raise ChassisError unless this adapter was made for a base of this width and vocabulary."""

@@ -189,21 +189,17 @@ def _refine(closed, probe, windows, ranks, options, progress) -> dict[int, Refin
     random.Random(options.seed).shuffle(order)
     lean = replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
     held = [rows for rows, _ in zip(lean.batches(windows["validation"]), range(VALIDATION_BATCHES), strict=False)]
-    found = {}
-    for rank in ranks:
-        stage = f"refine rank {rank}"
-        progress(stage, 0, options.refine_steps)
-        found[rank] = refine(
-            closed,
-            rank,
-            _steps(lean, order),
-            held,
-            steps=options.refine_steps,
-            rate=options.refine_rate,
-            columns=options.columns,
-            progress=lambda step, kl, stage=stage: progress(stage, step, options.refine_steps),
-        )
-    return found
+    progress("refine", 0, options.refine_steps)
+    return refine(
+        closed,
+        ranks,
+        _steps(lean, order),
+        held,
+        steps=options.refine_steps,
+        rate=options.refine_rate,
+        columns=options.columns,
+        progress=lambda step: progress("refine", step, options.refine_steps),
+    )
 
 
 def _steps(probe: Probe, windows: Sequence[Window]) -> Iterator[Rows]:

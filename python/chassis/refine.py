@@ -66,63 +66,94 @@ def delta_of(adapter: Adapter, hidden: torch.Tensor) -> Delta:
     return Delta((hidden.float() - adapter.mean) @ adapter.U, v, bias)
 
 
+class Refiner:
+    """One adapter under refinement: `step` on a batch of rows, again and again, then `result`."""
+
+    def __init__(
+        self,
+        closed: ClosedForm,
+        rank: int,
+        validation: Sequence[Rows],
+        *,
+        steps: int = 60,
+        rate: float = 2e-2,
+        columns: int | None = None,
+        check_every: int = 10,
+    ) -> None:
+        if steps < 1 or rate <= 0:
+            raise ChassisError(f"{steps} steps at rate {rate}: expected at least one step and a positive rate")
+        self.base, self.expert = closed.statistics.base, closed.statistics.expert
+        self.mean_p, self.validation = closed.statistics.mean_p, validation
+        self.n_steps, self.rate, self.check_every = steps, rate, check_every
+        self.start = closed.adapter(rank, columns)
+        whiten = closed.left @ closed.directions.T  # Σ^-½: closed.left is Σ^-½ P with P orthogonal
+        factor = torch.linalg.solve(whiten, self.start.U.double()).float()  # orthonormal columns, entries of size D^-½
+        self.whiten = whiten.float()
+        self.parameters = [p.clone().requires_grad_() for p in (factor, self.start.V, self.start.bias)]
+        groups = [{"params": self.parameters[:1], "lr": 12 * rate / len(factor) ** 0.5}, {"params": self.parameters[1:]}]
+        self.optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps, eta_min=rate / 50)
+        before = self._validate(self.start)
+        self._result = Refinement(self.start, False, before, before, self._validate(None))
+
+    def step(self, rows: Rows) -> float:
+        """One gradient step on these rows; returns their KL before it, in nats. Raises ChassisError if it is not finite."""
+        start = self.start
+        u = ((rows.final.float() - start.mean) @ self.whiten) @ self.parameters[0]
+        delta = Delta(u, *start.in_vocabulary(*self.parameters[1:]))
+        loss = kl_rows(rows.final, self.base, rows.expert, self.expert, delta).mean()
+        kl, number = loss.item(), len(self._result.steps) + 1
+        if not math.isfinite(kl):
+            raise ChassisError(f"the KL became {kl} at step {number} of the refinement: lower the rate ({self.rate})")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        entry = {"step": number, "train_kl": kl, "validation_kl": None}
+        if number % self.check_every == 0 or number == self.n_steps:
+            adapter = self._current()
+            entry["validation_kl"] = self._validate(adapter)
+            if entry["validation_kl"] < self._result.validation_kl:
+                self._result.adapter, self._result.kept = adapter, True
+                self._result.validation_kl = entry["validation_kl"]
+        self._result.steps.append(entry)
+        return kl
+
+    def result(self) -> Refinement:
+        """The best so far."""
+        return self._result
+
+    def _validate(self, adapter: Adapter | None) -> float:
+        return mean_kl(adapter, self.base, self.expert, self.validation)
+
+    def _current(self) -> Adapter:
+        u, v, c = (parameter.detach().clone() for parameter in self.parameters)
+        u, v = _ordered(u, v, self.mean_p, self.start.cols)
+        return replace(self.start, U=self.whiten @ u, V=v, bias=c, config=replace(self.start.config, refined=True))
+
+
 def refine(
     closed: ClosedForm,
-    rank: int,
+    ranks: Sequence[int],
     batches: Iterable[Rows],
-    validation: Sequence[Rows] | Callable[[], Iterable[Rows]],
+    validation: Sequence[Rows],
     *,
     steps: int = 60,
-    rate: float = 2e-2,
-    columns: int | None = None,
-    check_every: int = 10,
-    progress: Callable[[int, float], None] | None = None,
-) -> Refinement:
-    """Refine the closed form of this rank on `batches` (one batch a step, at most `steps`).
+    progress: Callable[[int], None] | None = None,
+    **options,
+) -> dict[int, Refinement]:
+    """Refine the closed forms of these ranks side by side, one batch a step, so that each batch is computed once.
 
-    `validation` gives rows of documents that are not fitted on. `progress(step, train_kl)` is called after each step.
-    Raises ChassisError if a step gives a KL that is not finite.
+    `validation` are rows of documents that are not fitted on; `options` go to Refiner. `progress(step)` is called after
+    each step. Raises ChassisError if a step gives a KL that is not finite.
     """
-    if steps < 1 or rate <= 0:
-        raise ChassisError(f"{steps} steps at rate {rate}: expected at least one step and a positive rate")
-    held_out = validation if callable(validation) else lambda: validation
-    base, expert = closed.statistics.base, closed.statistics.expert
-    start = closed.adapter(rank, columns)
-    whiten = closed.left @ closed.directions.T  # Σ^-½: closed.left is Σ^-½ P with P orthogonal
-    factor = torch.linalg.solve(whiten, start.U.double()).float()  # orthonormal columns, entries of size D^-½
-    whiten = whiten.float()
-    parameters = [p.clone().requires_grad_() for p in (factor, start.V, start.bias)]
-    groups = [{"params": parameters[:1], "lr": 12 * rate / len(factor) ** 0.5}, {"params": parameters[1:]}]
-    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=rate / 50)
-
-    def current() -> Adapter:
-        u, v, c = (parameter.detach().clone() for parameter in parameters)
-        u, v = _ordered(u, v, closed.statistics.mean_p, start.cols)
-        return replace(start, U=whiten @ u, V=v, bias=c, config=replace(start.config, refined=True))
-
-    best, best_kl = start, mean_kl(start, base, expert, held_out())
-    result = Refinement(start, False, best_kl, best_kl, mean_kl(None, base, expert, held_out()))
+    refiners = {rank: Refiner(closed, rank, validation, steps=steps, **options) for rank in ranks}
     for step, rows in zip(range(1, steps + 1), batches, strict=False):
-        hidden = rows.final.float()
-        delta = _delta(start, ((hidden - start.mean) @ whiten) @ parameters[0], *parameters[1:])
-        loss = kl_rows(rows.final, base, rows.expert, expert, delta).mean()
-        if not math.isfinite(loss.item()):
-            raise ChassisError(f"the KL became {loss.item()} at step {step} of the refinement: lower the rate ({rate})")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        entry = {"step": step, "train_kl": loss.item(), "validation_kl": None}
-        if step % check_every == 0 or step == steps:
-            entry["validation_kl"] = mean_kl(current(), base, expert, held_out())
-            if entry["validation_kl"] < best_kl:
-                best, best_kl = current(), entry["validation_kl"]
-        result.steps.append(entry)
+        for refiner in refiners.values():
+            refiner.step(rows)
         if progress:
-            progress(step, loss.item())
-    result.adapter, result.kept, result.validation_kl = best, best is not start, best_kl
-    return result
+            progress(step)
+    return {rank: refiner.result() for rank, refiner in refiners.items()}
 
 
 @torch.no_grad()
@@ -136,14 +167,6 @@ def mean_kl(adapter: Adapter | None, base: Readout, expert: Readout, batches: It
     if not count:
         raise ChassisError("no validation rows: give validation documents")
     return total / count
-
-
-def _delta(start: Adapter, u: torch.Tensor, v: torch.Tensor, c: torch.Tensor) -> Delta:
-    if start.cols is None:
-        return Delta(u, v, c)
-    size = start.config.vocab_size
-    wide = v.new_zeros(len(v), size).index_add(1, start.cols, v)
-    return Delta(u, wide, c.new_zeros(size).index_add(0, start.cols, c))
 
 
 def _ordered(
