@@ -127,7 +127,7 @@ def test_scale_not_named_in_the_config_is_measured(tiny_lm):
     assert inspect_head(model).scale == pytest.approx(1 / 5)
 
 
-def test_logits_made_otherwise_are_refused(tiny_lm):
+def test_logits_made_otherwise_are_refused_but_hidden_states_are_read(tiny_lm):
     class Squashed(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden).sinh()
@@ -138,6 +138,7 @@ def test_logits_made_otherwise_are_refused(tiny_lm):
     model.lm_head.weight = weight
     with pytest.raises(ChassisError, match="largest deviation"):
         inspect_head(model)
+    assert capture(model, torch.tensor([[1, 2]]), layers=(1,)).final.shape == (1, 2, 32)
 
 
 def test_model_without_head_is_refused(tiny_lm):

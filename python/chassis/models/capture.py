@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chassis.errors import ModelError
 from chassis.models.forward import first_tensor, forward, hooks, title, unembedding_of
-from chassis.models.head import inspect_head
+from chassis.models.head import find_parts
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ _NAMES: WeakKeyDictionary[nn.Module, _Names] = WeakKeyDictionary()
 
 def _names(model: nn.Module) -> _Names:
     if model not in _NAMES:
-        head = inspect_head(model)
-        _NAMES[model] = _Names(head.final_norm_name, head.block_names)
+        parts = find_parts(model)
+        _NAMES[model] = _Names(parts.final_norm, parts.blocks)
     return _NAMES[model]
 
 

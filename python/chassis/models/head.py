@@ -60,6 +60,37 @@ def inspect_head(model: nn.Module) -> Head:
     Raises ModelError if the model has no output head, is not causal, has no single list of blocks, or computes its logits
     in a way other than `softcap(scale * (h Wᵀ + b))`; the message then tells the largest deviation.
     """
+    parts = find_parts(model)
+    unembedding, name = unembedding_of(model)
+    softcap, scale = _logit_rule(model, unembedding, parts.final, parts.logits)
+    embedding = model.get_input_embeddings().weight
+    return Head(
+        weight=unembedding.weight.detach(),
+        bias=None if getattr(unembedding, "bias", None) is None else unembedding.bias.detach(),
+        softcap=softcap,
+        scale=scale,
+        unembedding=unembedding,
+        unembedding_name=name,
+        final_norm=None if parts.final_norm is None else model.get_submodule(parts.final_norm),
+        final_norm_name=parts.final_norm,
+        blocks=[model.get_submodule(block) for block in parts.blocks],
+        block_names=parts.blocks,
+        tied=embedding.data_ptr() == unembedding.weight.data_ptr() and embedding.shape == unembedding.weight.shape,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of the modules that matter, and what the unembedding read and the model gave in the forward that found them."""
+
+    final_norm: str | None
+    blocks: list[str]
+    final: Tensor  # [2, 8, D]
+    logits: Tensor  # [2, 8, V]
+
+
+def find_parts(model: nn.Module) -> Parts:
+    """Names of final norm and blocks, whatever the model does with the logits; raises ModelError as `inspect_head` does."""
     unembedding, name = unembedding_of(model)
     input_ids = probe_ids(model)
     ran: list[tuple[nn.Module, object]] = []
@@ -72,26 +103,11 @@ def inspect_head(model: nn.Module) -> Head:
         logits = forward(model, input_ids, torch.ones_like(input_ids)).logits
     if len(read) != 1:
         raise ModelError(f"{title(model)}: its output embeddings {name!r} ran {len(read)} times in a forward, expected once")
-    final = read[0]
     names = {id(module): name for name, module in model.named_modules()}
     blocks = _blocks(model, [module for module, _ in ran])
-    norm = _final_norm(ran, final, blocks)
-    norm_name = names[id(norm)] if norm is not None else None
-    softcap, scale = _logit_rule(model, unembedding, final, logits)
-    embedding = model.get_input_embeddings().weight
-    return Head(
-        weight=unembedding.weight.detach(),
-        bias=None if getattr(unembedding, "bias", None) is None else unembedding.bias.detach(),
-        softcap=softcap,
-        scale=scale,
-        unembedding=unembedding,
-        unembedding_name=name,
-        final_norm=norm,
-        final_norm_name=norm_name,
-        blocks=blocks,
-        block_names=[names[id(block)] for block in blocks],
-        tied=embedding.data_ptr() == unembedding.weight.data_ptr() and embedding.shape == unembedding.weight.shape,
-    )
+    norm = _final_norm(ran, read[0], blocks)
+    norm_name = None if norm is None else names[id(norm)]
+    return Parts(norm_name, [names[id(block)] for block in blocks], read[0], logits)
 
 
 def _blocks(model: nn.Module, ran: list[nn.Module]) -> list[nn.Module]:
