@@ -1,0 +1,197 @@
+"""The whole distillation loss: KD from one or several teachers, whatever their tokenizers, plus next-token CE. Eager.
+
+    loss = |CE| / |KD| · KD + CE with dynamic scaling (the factor detached), else kl_loss_weight · KD + ce_loss_scale · CE
+    KD   = Σ_i w_i KD_i            sum: static weights, or softmax(alpha · scores) over the teachers
+         | KD of Σ w_i z_i / Σ w   averaged_logits: when every teacher shares tokenizer and shapes; else the static sum
+         | KD_i of the best i      select_teacher: lowest next-token CE on the teacher's own tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chassis_kernels.chunks import Chunks, layout
+from chassis_kernels.reference import projection_kl, token_kl
+from chassis_kernels.reference.gold_kl import gold_kl
+from chassis_kernels.reference.precision import compute_dtype, without_autocast
+from chassis_kernels.sparse import SparseProjection
+from chassis_kernels.xtoken_config import XTokenConfig
+
+Metrics = dict[str, Tensor]
+
+
+class Kernels(NamedTuple):
+    """What runs the parts; each takes the arguments of its namesake in chassis_kernels."""
+
+    projection_kl: Callable
+    gold_kl: Callable = gold_kl
+    topk_kl: Callable = token_kl.topk_kl
+    full_kl: Callable = token_kl.full_kl
+
+
+EAGER = Kernels(projection_kl.loss)
+
+
+class TeacherBatch(NamedTuple):
+    """One teacher's logits of a micro-batch and what is needed to use them. Same tokenizer: logits alone will do."""
+
+    logits: Tensor  # [B, T_t, >= V_t]
+    projection: SparseProjection | None = None
+    chunks: Chunks | None = None
+    input_ids: Tensor | None = None  # [B, T_t]; None: the student's
+    token_mask: Tensor | None = None  # [B, T_t]; None: the student's
+    global_valid_chunks: Tensor | float | None = None  # chunks that count in the whole optimizer step
+
+
+class StudentBatch(NamedTuple):
+    """The student's side, with the masks and the step-wide number of tokens."""
+
+    logits: Tensor  # [B, T_s, >= V_s]
+    input_ids: Tensor  # [B, T_s]
+    token_mask: Tensor  # [B, T_s]
+    sample_mask: Tensor  # [B]
+    global_valid_tokens: Tensor  # next-token positions that count in the whole optimizer step
+
+
+class Step(NamedTuple):
+    config: XTokenConfig
+    student: StudentBatch
+    teachers: Sequence[TeacherBatch]
+    group_sum: Callable[[Tensor], Tensor]
+    kernels: Kernels
+
+    def mask(self) -> Tensor:
+        """Next-token weights of the student, [B, T_s]."""
+        student = self.student
+        return token_kl.next_token_mask(student.token_mask, student.sample_mask, compute_dtype(student.logits))
+
+    def real(self, i: int) -> Tensor:
+        """Positions of teacher i that are neither padding nor of a masked sample, [B, T_t] bool."""
+        own = self.teachers[i].token_mask
+        return ((self.student.token_mask if own is None else own) != 0) & (self.student.sample_mask != 0)[:, None]
+
+    def column_mask(self, i: int) -> Tensor | None:
+        return None if self.config.compat else self.real(i)
+
+
+@without_autocast
+def compose(
+    logits: Tensor,
+    config: XTokenConfig,
+    student: StudentBatch,
+    teachers: Sequence[TeacherBatch],
+    kernels: Kernels,
+    group_sum: Callable[[Tensor], Tensor] = lambda total: total,
+) -> tuple[Tensor, Metrics]:
+    """Loss [] and detached metrics. `group_sum` adds a tensor over all ranks; every rank must make every call."""
+    if not config.compat:
+        logits = logits[..., : config.student_vocab_size]
+    step = Step(config, student._replace(logits=logits), teachers, group_sum, kernels)
+    kd, metrics = _mode(step)
+    n_tokens = student.global_valid_tokens
+    ce, accuracy = token_kl.cross_entropy(logits, student.input_ids, step.mask(), n_tokens)
+    loss, factor = combine(config, kd, ce)
+    samples = torch.ones_like(student.sample_mask) if config.compat else student.sample_mask != 0
+    overall = {
+        "loss": loss.detach(),
+        "kl_loss": kd.detach(),
+        "ce_loss": ce.detach(),
+        "kl_loss_scale": factor,
+        "accuracy": accuracy,
+        "num_valid_samples": samples.sum(),
+    }
+    return loss, overall | metrics
+
+
+def combine(config: XTokenConfig, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the factor on KD: |CE| / |KD| detached (1 where KD is 0) and CE whole, or the two fixed weights."""
+    if not config.dynamic_loss_scaling:
+        return config.kl_loss_weight * kd + config.ce_loss_scale * ce, kd.detach().new_tensor(config.kl_loss_weight)
+    size = kd.detach().abs()
+    factor = torch.where(size > 0, ce.detach().abs() / torch.where(size > 0, size, 1.0), 1.0)
+    return factor * kd + ce, factor
+
+
+def _mode(step: Step) -> tuple[Tensor, Metrics]:
+    config, teachers = step.config, step.teachers
+    if config.kd_loss_mode == "select_teacher":
+        means = _scores(step, "ce")
+        best = int(means.argmax())
+        kd, metrics = _teacher(step, best)
+        return kd, metrics | {"selected_teacher": torch.as_tensor(best)}
+    if config.kd_loss_mode == "averaged_logits" and _same_shapes(step):
+        weights = [t.weight for t in config.teachers]
+        width = step.student.logits.shape[-1]
+        mean = token_kl.averaged_logits([t.logits[..., :width] for t in teachers], weights)
+        return step.kernels.full_kl(step.student.logits, mean, step.mask(), **_token_options(step)), {}
+    weights = step.student.logits.new_tensor([t.weight for t in config.teachers], dtype=torch.float64)
+    if config.sum_weights_metric:
+        weights = torch.softmax(config.alpha * _scores(step, config.sum_weights_metric), 0)
+    kd, metrics = 0.0, {}
+    for i in range(len(teachers)):
+        one, its_metrics = _teacher(step, i)
+        weight = weights[i].to(one.dtype)
+        kd = kd + weight * config.vocabulary_scale(i) * one
+        metrics |= its_metrics | {f"weight_t{i}": weight}
+    return kd, metrics
+
+
+def _teacher(step: Step, i: int) -> tuple[Tensor, Metrics]:
+    """KD of teacher i with its metrics, suffixed."""
+    config, teacher, student = step.config, step.teachers[i], step.student
+    if config.teachers[i].same_tokenizer:
+        options = _token_options(step) | {"vocab_topk": config.vocab_topk, "column_mask": step.column_mask(i)}
+        kd, metrics = step.kernels.topk_kl(student.logits, teacher.logits, step.mask(), **options), {}
+    else:
+        common = {
+            "temperature": config.temperature,
+            "reverse": config.reverse_kl,
+            "sample_mask": student.sample_mask,
+            "denominator": _denominator(step, i),
+        }
+        arguments = student.logits, teacher.logits, teacher.projection, teacher.chunks
+        if config.uses_gold(i):
+            common |= {"uncommon_topk": config.uncommon_topk, "relaxed": config.uses_relaxed(i)}
+            kd, metrics = step.kernels.gold_kl(*arguments, **common)
+        else:
+            common |= {"vocab_topk": config.vocab_topk, "exact_only": config.exact_token_match_only}
+            kd, stats = step.kernels.projection_kl(*arguments, **common, column_mask=step.column_mask(i))
+            metrics = {"proj_accuracy": stats.accuracy, "num_valid_pairs": stats.valid_pairs}
+    return kd, {f"{name}_t{i}": value for name, value in ({"kl_loss": kd.detach()} | metrics).items()}
+
+
+def _denominator(step: Step, i: int) -> Tensor | float:
+    """Chunks that count: of the step if given, else of this micro-batch; over all ranks, before any early exit."""
+    config, teacher = step.config, step.teachers[i]
+    if teacher.global_valid_chunks is not None and not config.compat:
+        return teacher.global_valid_chunks
+    exact = config.exact_token_match_only and not config.uses_gold(i)
+    plan = layout(teacher.chunks, step.student.sample_mask, exact, torch.float64)
+    return step.group_sum(plan.counted.sum().to(torch.float64))
+
+
+def _token_options(step: Step) -> dict:
+    config = step.config
+    n_tokens = step.student.global_valid_tokens
+    return {"temperature": config.temperature, "reverse": config.reverse_kl, "n_tokens": n_tokens}
+
+
+def _scores(step: Step, metric: str) -> Tensor:
+    """Mean score of each teacher on its own tokens over all ranks, [n_teachers] float64."""
+    sums = []
+    for i, teacher in enumerate(step.teachers):
+        ids = step.student.input_ids if teacher.input_ids is None else teacher.input_ids
+        sums.append(torch.stack(token_kl.teacher_score(metric, teacher.logits, ids, step.real(i))).double())
+    total = step.group_sum(torch.stack(sums))
+    scale = total.new_tensor([step.config.vocabulary_scale(i) for i in range(len(sums))])
+    return total[:, 0] / total[:, 1].clamp_min(1) * scale
+
+
+def _same_shapes(step: Step) -> bool:
+    shapes = {t.logits.shape for t in step.teachers}
+    return len(shapes) == 1 and all(t.same_tokenizer for t in step.config.teachers)
+

@@ -1,0 +1,88 @@
+"""The cross-tokenizer distillation loss for plain tensors, on the fused kernels: usable from any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chassis_kernels.chunks import next_token
+from chassis_kernels.projection_kl import projection_kl
+from chassis_kernels.reference import xtoken_loss as reference
+from chassis_kernels.reference.xtoken_loss import TeacherBatch
+from chassis_kernels.xtoken_config import XTokenConfig
+
+
+def xtoken_loss(
+    student_logits: Tensor,  # [B, T_s, >= V_s]
+    teachers: Sequence[TeacherBatch],
+    config: XTokenConfig,
+    *,
+    input_ids: Tensor,  # [B, T_s] int64
+    token_mask: Tensor,  # [B, T_s], 0 at padding
+    sample_mask: Tensor | None = None,  # [B], 0: the sample does not count
+    global_valid_tokens: Tensor | float | None = None,
+    group: dist.ProcessGroup | None = None,
+    eager: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [] in nats, and detached metrics: loss, kl_loss, ce_loss, kl_loss_scale, accuracy, num_valid_samples, and per
+    teacher i `kl_loss_t{i}`, `weight_t{i}`, `proj_accuracy_t{i}`, `num_valid_pairs_t{i}` (gold: `kl_common_t{i}`,
+    `l1_uncommon_t{i}`, `num_valid_chunks_t{i}`) or `selected_teacher`.
+
+    global_valid_tokens counts the next-token positions of the whole optimizer step (None: those of this call), as
+    TeacherBatch.global_valid_chunks counts chunks. With `group`, chunk counts and teachers' scores are summed over ranks.
+    `eager` runs PyTorch expressions under autograd instead of the fused kernels: float64-capable, second derivatives.
+
+    Differentiable in student_logits. Raises ValueError for inputs that do not fit the configuration.
+    """
+    _check(student_logits, teachers, config, input_ids, token_mask, sample_mask)
+    if sample_mask is None:
+        sample_mask = token_mask.new_ones(len(token_mask))
+    if global_valid_tokens is None:
+        global_valid_tokens = (next_token(token_mask) != 0)[sample_mask != 0].sum()
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    n_tokens = torch.as_tensor(global_valid_tokens, dtype=dtype, device=student_logits.device)
+    student = reference.StudentBatch(student_logits, input_ids, token_mask, sample_mask, n_tokens)
+
+    def group_sum(total: Tensor) -> Tensor:
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    kernels = reference.EAGER if eager else reference.Kernels(projection_kl)
+    return reference.compose(student_logits, config, student, teachers, kernels, group_sum)
+
+
+def _check(logits, teachers, config, input_ids, token_mask, sample_mask) -> None:
+    if logits.dim() != 3 or logits.shape[2] < config.student_vocab_size:
+        raise ValueError(f"student_logits has shape {tuple(logits.shape)}, expected [B, T, >= {config.student_vocab_size}]")
+    for name, tensor in (("input_ids", input_ids), ("token_mask", token_mask)):
+        if tensor.shape != logits.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(logits.shape[:2])}")
+    if sample_mask is not None and sample_mask.shape != logits.shape[:1]:
+        raise ValueError(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({logits.shape[0]},)")
+    if len(teachers) != len(config.teachers):
+        raise ValueError(f"{len(teachers)} teachers given, but the configuration names {len(config.teachers)}")
+    for i, (teacher, its) in enumerate(zip(teachers, config.teachers, strict=True)):
+        if teacher.logits.dim() != 3 or teacher.logits.shape[2] < its.vocab_size:
+            shape = tuple(teacher.logits.shape)
+            raise ValueError(f"teacher {i}: logits have shape {shape}, expected [B, T, >= {its.vocab_size}]")
+        if its.same_tokenizer:
+            if teacher.logits.shape[:2] != logits.shape[:2]:
+                raise ValueError(
+                    f"teacher {i} shares the student's tokenizer, but its logits have shape {tuple(teacher.logits.shape)}, "
+                    f"the student's {tuple(logits.shape)}"
+                )
+            continue
+        if teacher.projection is None or teacher.chunks is None:
+            raise ValueError(f"teacher {i} has its own tokenizer: it needs a projection and chunks")
+        if teacher.projection.shape != (config.student_vocab_size, its.vocab_size):
+            raise ValueError(
+                f"teacher {i}: the projection is {teacher.projection.shape}, the tokenizers are "
+                f"{(config.student_vocab_size, its.vocab_size)}"
+            )
+        scored = config.kd_loss_mode == "select_teacher" or config.sum_weights_metric == "ce"
+        if scored and (teacher.input_ids is None or teacher.token_mask is None):
+            raise ValueError(f"teacher {i} is scored on its own tokens: it needs input_ids and token_mask")
