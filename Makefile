@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
+BENCHMARKS = $(if $(OP),benchmarks/bench_$(OP:_=).py,$(wildcard benchmarks/bench_*.py))
 EXTENSION := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,7 +24,7 @@ test: $(VENV)/.built
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.built
-	@$(BIN)/chassis bench $(OP) $(ARGS)
+	@$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 doctor: $(VENV)/.built
 	@$(BIN)/chassis doctor $(ARGS)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from chassis.text.corpus import load_documents
 from support import documents, pair
 from typer.testing import CliRunner
 
+README = Path(__file__).parents[1] / "README.md"
 FIT = ("--rank", "4", "--window", "48", "--batch-size", "4", "--refine-steps", "3")
 
 
@@ -265,6 +268,26 @@ def test_an_interrupted_fit_says_how_to_go_on(work, tmp_path, monkeypatch):
     monkeypatch.setattr("chassis.fit.fit", stop)
     result = chassis("fit", *models(work), *text(work), *FIT, "-o", tmp_path)
     assert result.exit_code == 130 and "goes on" in result.stderr
+
+
+def test_readme_s_python_runs(work, tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    for name in ("base", "expert"):
+        code = code.replace(f'"owner/{name}"', repr(str(work / name)))
+    code = code.replace('"texts.jsonl"', repr(str(work / "fit.jsonl"))).replace(
+        "rank=32", "rank=4, window=48, refine_steps=2"
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "out" / "report.html").exists() and capsys.readouterr().out
+
+
+def test_readme_s_commands_exist():
+    lines = [line for line in README.read_text().splitlines() if line.startswith("chassis ")]
+    assert len(lines) >= 6
+    for _, name, *options in map(str.split, lines):
+        helped = chassis(name, "--help").stdout
+        assert all(option in helped for option in options if option.startswith("-")), lines
 
 
 def test_demo_runs_on_any_testbed(tiny_testbed, tmp_path, monkeypatch):
