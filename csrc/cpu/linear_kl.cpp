@@ -13,7 +13,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/tensor.h"
 
 namespace chassis {
@@ -49,19 +49,30 @@ double sum64(vf v) {
 // One term of the logits: left [rows, depth] times right, which is [columns, depth] or, across, [depth, columns].
 struct Product {
   Matrix left, right;
-  bool across;
+  bool across, pairs;
+
+  Product(const Matrix& left, const Matrix& right, bool across)
+      : left(left), right(right), across(across),
+        pairs(!across && left.dtype == DType::bf16 && right.dtype == DType::bf16 && has_bf16_products()) {}
 
   void pack_left(int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) const {
-    with_type(left, [&](auto* p) {
-      using T = std::remove_pointer_t<decltype(p)>;
-      pack<kMr>(Operand<T>{p + row * left.stride + k, left.stride, 1}, rows, depth, out);
-    });
+    pack_operand<kMr>(left, row, rows, k, depth, left.stride, 1, out);
   }
   void pack_right(int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) const {
-    with_type(right, [&](auto* p) {
-      using T = std::remove_pointer_t<decltype(p)>;
-      Operand<T> m{p, across ? 1 : right.stride, across ? right.stride : 1};
-      pack<kNr>(m.from(column, k), columns, depth, out);
+    pack_operand<kNr>(right, column, columns, k, depth, across ? 1 : right.stride, across ? right.stride : 1, out);
+  }
+  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, float* out, bool accumulate) const {
+    (pairs ? multiply_pairs : multiply_panels)(a, rows, b, columns, depth, out, kTile, accumulate);
+  }
+
+ private:
+  template <int kWidth>
+  void pack_operand(const Matrix& m, int64_t i, int64_t n, int64_t k, int64_t depth, int64_t stride, int64_t depth_stride,
+                    float* out) const {
+    if (pairs) return pack_pairs<kWidth>(static_cast<const bf16*>(m.data) + i * stride + k, stride, n, depth, out);
+    with_type(m, [&](auto* p) {
+      Operand<std::remove_pointer_t<decltype(p)>> operand{p, stride, depth_stride};
+      pack<kWidth>(operand.from(i, k), n, depth, out);
     });
   }
 };
@@ -72,8 +83,8 @@ class Side {
   Side(const Matrix& h, const Matrix& W, const Matrix& u, const Matrix& v, const Matrix& bias, const Matrix& c, float softcap,
        float scale, int64_t vocabulary)
       : softcap(softcap), scale(scale), given(W.data ? Matrix{} : h) {
-    if (W.data) products.push_back({h, W, false});
-    if (u.data) products.push_back({u, v, true});
+    if (W.data) products.emplace_back(h, W, false);
+    if (u.data) products.emplace_back(u, v, true);
     for (const Product& product : products) depth += product.left.cols;
     if (!bias.data && !c.data) return;
     shift.assign(vocabulary, 0.0f);
@@ -101,8 +112,8 @@ class Side {
   // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns.
   void logits(const float* block, int64_t row, int64_t rows, const float* tile, int64_t column, int64_t columns, float* z) const {
     bool first = true;
-    each_depth([&](const Product&, int64_t, int64_t steps, int64_t at) {
-      multiply_panels(block + at * kBlock, rows, tile + at * kTile, columns, steps, z, kTile, !first);
+    each_depth([&](const Product& p, int64_t, int64_t steps, int64_t at) {
+      p.multiply(block + at * kBlock, rows, tile + at * kTile, columns, steps, z, !first);
       first = false;
     });
     if (first) std::fill_n(z, rows * kTile, 0.0f);
