@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from chassis.experts import load_expert
@@ -37,8 +38,10 @@ def run_demo(testbed: Testbed, out: str | Path, progress: Progress | None = None
 
 def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:
     """The `chassis sweep` command that gives the demo's numbers."""
-    parts = [f"chassis sweep --base {testbed.base} --expert {testbed.expert} --data {testbed.data / 'source_fit.jsonl'}"]
-    parts += [f"--{split} {testbed.data / f'source_{split}.jsonl'}" for split in ("validation", "test")]
-    parts += [f"--ranks {','.join(map(str, options.ranks))} --rank {options.rank}"]
-    tokens = {"max-tokens": options.max_windows, "max-test-tokens": options.max_test_windows}
-    return " ".join(parts + [f"--{name} {count * options.window}" for name, count in tokens.items() if count is not None])
+    words = ["chassis", "sweep", "--base", testbed.base, "--expert", testbed.expert]
+    for option, split in (("--data", "fit"), ("--validation", "validation"), ("--test", "test")):
+        words += [option, testbed.data / f"source_{split}.jsonl"]
+    words += ["--ranks", ",".join(map(str, options.ranks)), "--rank", options.rank]
+    for option, windows in (("--max-tokens", options.max_windows), ("--max-test-tokens", options.max_test_windows)):
+        words += [option, windows * options.window]
+    return shlex.join(map(str, words))

@@ -91,11 +91,13 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("chassis-demo"),
 ) -> dict:
     """Train three small models on Python's own library, then fit, measure and speak: the whole job in a few minutes."""
+    from chassis.cli import loading
     from chassis.demo import run_demo, same_by_hand
     from chassis.files import ensure_writable
     from chassis.testbed import build
 
     ensure_writable(out)
+    loading.quiet()
     testbed = build()
     with terminal.progress() as report:
         results = run_demo(testbed, out, report)

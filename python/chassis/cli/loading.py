@@ -88,14 +88,20 @@ def prompts(tokenizer, windows: Sequence, count: int = 3, length: int = 16) -> l
     return texts[:: max(1, len(texts) // count)][:count]
 
 
-def _load(name: str, dtype: str | None, device: str):
-    import torch
+def quiet() -> None:
+    """Keep transformers' own progress bars and advice off the terminal."""
     from transformers.utils import logging
-
-    from chassis.models import load_causal_lm
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _load(name: str, dtype: str | None, device: str):
+    import torch
+
+    from chassis.models import load_causal_lm
+
+    quiet()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
