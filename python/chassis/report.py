@@ -190,8 +190,9 @@ def _cards(results: dict) -> list[dict]:
         kind = f"rank {chosen['rank']}, {chosen['kind']}"
         card("Adapter on disk", _size(chosen["bytes"]), f"{_count(chosen.get('parameters'))} parameters, {kind}")
     if seconds.get("total") is not None:
-        forward = (seconds.get("base_forward") or 0) + (seconds.get("expert_forward") or 0)
-        card("Time", f"{seconds['total']:.0f} s", f"{forward:.0f} s of it forward passes of the two models")
+        stages = {"statistics": "the pass over the text", "refine": "refinement"}
+        parts = [f"{seconds[key]:.0f} s {label}" for key, label in stages.items() if seconds.get(key) is not None]
+        card("Time", f"{seconds['total']:.0f} s", ", ".join(parts))
     return cards
 
 
