@@ -20,6 +20,7 @@ _INPUTS = (
     "Tensor student, Tensor teacher, Tensor start, Tensor rows, Tensor weights, Tensor columns, Tensor student_chunk, "
     "Tensor teacher_chunk, int width, int chunks, float temperature, bool reverse"
 )
+_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def projection_kl(
@@ -185,6 +186,60 @@ def _reference_(out, weight, *arguments):
     return kl, agree
 
 
+def _cpu(student, teacher, *arguments):
+    chunks, rows = arguments[-3], student.shape[0]
+    out = torch.empty(chunks), torch.empty(chunks, dtype=torch.bool), torch.empty(rows), torch.empty(rows)
+    _call((student, teacher, *arguments), out)
+    return out
+
+
+def _cpu_backward(grad, student, teacher, *arguments):
+    *arguments, row_max, row_scale = arguments
+    out = torch.empty(student.shape, dtype=student.dtype)
+    stats = row_max.contiguous(), row_scale.contiguous()
+    _call((student, teacher, *arguments), (None, None, *stats), out, grad.float().contiguous(), known=True)
+    return out
+
+
+def _cpu_(out, weight, student, teacher, *arguments):
+    chunks, rows = arguments[-3], student.shape[0]
+    kl, agree = torch.empty(chunks), torch.empty(chunks, dtype=torch.bool)
+    result = kl, agree, torch.empty(rows), torch.empty(rows)
+    _call((student, teacher, *arguments), result, out, weight.float().contiguous())
+    return kl, agree
+
+
+def _call(inputs, result, grad=None, weight=None, known=False) -> None:
+    """The extension's projection_kl, on arguments made contiguous; `result` is kl, agree, row_max and row_scale."""
+    student, teacher = (backends.rows_contiguous(t) for t in inputs[:2])
+    tensors = [t.contiguous() for t in inputs[2:8]]
+    start, rows, weights, columns, student_chunk, teacher_chunk = (t.data_ptr() for t in tensors)
+    width, chunks, temperature, reverse = inputs[8:]
+    backends._C.projection_kl(
+        backends.matrix_args(student),
+        backends.matrix_args(teacher),
+        (start, rows, weights),
+        (columns, len(tensors[3])),
+        (student_chunk, teacher_chunk, chunks),
+        width,
+        temperature,
+        reverse,
+        tuple(0 if t is None else t.data_ptr() for t in result),
+        known,
+        backends.matrix_args(grad),
+        0 if weight is None else weight.data_ptr(),
+    )
+
+
+def _cpu_top(teacher, keep, k):
+    out = torch.empty(min(k, teacher.shape[1]), dtype=torch.int64)
+    teacher, keep = backends.rows_contiguous(teacher), None if keep is None else keep.contiguous()
+    backends._C.top_columns(
+        backends.matrix_args(teacher), 0 if keep is None else keep.data_ptr(), len(out), out.data_ptr()
+    )
+    return out
+
+
 def _fake(student, teacher, *arguments):
     dtype, chunks = compute_dtype(student, teacher), arguments[-3]
     row = student.new_empty(student.shape[0], dtype=dtype)
@@ -224,24 +279,29 @@ backends.register(
     reference=reference.projection_kl,
     fake=_fake,
     example=_example,
+    cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
     f"projection_kl_backward(Tensor grad, {_INPUTS}, Tensor row_max, Tensor row_scale) -> Tensor",
     reference=reference.projection_kl_backward,
     fake=lambda grad, student, *arguments: torch.empty_like(student),
     example=_example_backward,
+    inputs=slice(1, None),
+    cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
     f"projection_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> (Tensor, Tensor)",
     reference=_reference_,
     fake=lambda out, weight, *arguments: _fake(*arguments)[:2],
     example=_example_into,
+    cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
     "top_columns(Tensor teacher, Tensor? keep, int k) -> Tensor",
     reference=reference.top_columns,
     fake=_fake_top,
     example=_example_top,
+    cpu=backends.Implementation(_cpu_top, _CPU_DTYPES, "x86-64"),
 )
 torch.library.register_autograd(
     "chassis::projection_kl", _backward, setup_context=_setup_context, lib=backends.library

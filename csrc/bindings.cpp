@@ -126,4 +126,20 @@ PYBIND11_MODULE(_C, m) {
     DISPATCH(linear_kl_backward(args, pointer<float>(grad), pointer<double>(lse_a), pointer<double>(lse_b),
                                 {pointer<float>(u), pointer<float>(v), pointer<float>(c)}));
   });
+  m.def("projection_kl", [](const py::object& student, const py::object& teacher, const py::tuple& projection,
+                            const py::tuple& columns, const py::tuple& chunks, int64_t width, float temperature, bool reverse,
+                            const py::tuple& result, bool known, const py::object& grad, uintptr_t weight) {
+    auto at = [](const py::tuple& pointers, int i) { return pointers[i].cast<uintptr_t>(); };
+    chassis::ProjectionKL args{matrix(student), matrix(teacher), pointer<int64_t>(at(projection, 0)),
+                               pointer<int32_t>(at(projection, 1)), pointer<float>(at(projection, 2)),
+                               pointer<int64_t>(at(columns, 0)), columns[1].cast<int64_t>(), pointer<int64_t>(at(chunks, 0)),
+                               pointer<int64_t>(at(chunks, 1)), width, chunks[2].cast<int64_t>(), temperature, reverse};
+    chassis::ProjectionKLResult out{pointer<float>(at(result, 0)), pointer<bool>(at(result, 1)), pointer<float>(at(result, 2)),
+                                    pointer<float>(at(result, 3)), known, matrix(grad), pointer<float>(weight)};
+    DISPATCH(projection_kl(args, out));
+  });
+  m.def("top_columns", [](const py::object& logits, uintptr_t keep, int64_t k, uintptr_t out) {
+    Matrix from = matrix(logits);
+    DISPATCH(top_columns(from, pointer<uint8_t>(keep), k, pointer<int64_t>(out)));
+  });
 }

@@ -33,6 +33,31 @@ struct LinearKLResult {
 };
 struct LinearKLGradients { float *u, *v, *c; };  // v and c zeroed by the caller; c may be null
 
+// student [N_s, >= width] and teacher [N_t, V_t] logits, the projection by teacher token (start [V_t + 1], rows, weights),
+// the k teacher columns compared, and the chunk of every row (-1: none).
+struct ProjectionKL {
+  Matrix student, teacher;
+  const int64_t* start;
+  const int32_t* rows;
+  const float* weights;
+  const int64_t* columns;
+  int64_t k;
+  const int64_t *student_chunk, *teacher_chunk;
+  int64_t width, chunks;
+  float temperature;
+  bool reverse;
+};
+// kl and agree [chunks], both or neither; row_max and row_scale [N_s], given where `known`, else written; the gradient of
+// sum weight[c] kl[c] where grad is there, which may be the student logits themselves.
+struct ProjectionKLResult {
+  float* kl;
+  bool* agree;
+  float *row_max, *row_scale;
+  bool known;
+  Matrix grad;
+  const float* weight;
+};
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
@@ -42,7 +67,9 @@ struct LinearKLGradients { float *u, *v, *c; };  // v and c zeroed by the caller
   void delta_logits_(const DeltaLogits& args);                                                                   \
   void linear_kl(const LinearKL& args, const LinearKLResult& out);                                               \
   void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \
-                          const LinearKLGradients& out);
+                          const LinearKLGradients& out);                                                         \
+  void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
+  void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }

@@ -1,0 +1,362 @@
+// KL between softmaxes over two vocabularies, chunk by chunk, through a sparse projection M; and its gradient. Per chunk c,
+// with p_t = softmax(z_t / tau) of its student rows and the teacher columns J (see reference/projection_kl.py):
+//
+//   a[j] = sum_s pbar[s] M[s, J_j]     r = a / (sum a + eps)     l = log(r + eps)     Q = mean log_softmax(teacher[J] / tau)
+//   forward KL = sum exp(Q) (Q - l)    reverse KL = sum (r + eps) (l - Q)             g = dKL/dr
+//   G[j] = (g[j] - sum g r) / (sum a + eps) / n      dKL/dz_t[s] = p_t[s] / tau * (B[s] - sum_s' p_t[s'] B[s']),  B = M[:, J] G
+//
+// A thread takes a whole chunk: each student row is read from memory once (blocks of exponentials, relative to the maximum
+// so far, are kept and rescaled), everything until the gradient's store happens in its cache. M[:, J] is one flat list of
+// (row, position in J, weight), sorted by row: rows stream, positions stay in L1.
+#include <cfloat>
+#include <numeric>
+#include <vector>
+
+#include "cpu/tensor.h"
+
+namespace chassis {
+namespace CHASSIS_ISA {
+namespace {
+
+constexpr float kEps = 1e-10f;
+constexpr int64_t kBlock = 2048;  // exponentials that share one maximum
+constexpr int64_t kKeep = 4;      // rows of a chunk whose probabilities stay in cache; longer chunks compute them again
+
+// log(x) to about 1 ulp for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1.
+inline vf log_positive(vf x) {
+  vi bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  vi e = (bits - 0x3f3504f3) >> 23;
+  bits -= e << 23;
+  vf m;
+  std::memcpy(&m, &bits, sizeof m);
+  m -= 1.0f;
+  vf n = __builtin_convertvector(e, vf), z = m * m;
+  vf y = splat(7.0376836292e-2f);
+  y = y * m - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  y = y * m * z + n * -2.12194440e-4f - 0.5f * z;
+  vf value = m + y + n * 0.693359375f;
+  return x == x ? value : x;
+}
+
+// Past the caches when the address allows it: a gradient is read next by someone else.
+template <class T>
+inline void stream(T* p, vf v) { store_rounded(p, v); }
+#if defined(__AVX512F__)
+inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX2__)
+inline void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+#endif
+#if defined(__AVX2__)
+inline void stream(bf16* p, vf v) {
+  bf16 rounded[kLanes];
+  store_rounded(rounded, v);
+#if defined(__AVX512F__)
+  __m256i bits;
+  std::memcpy(&bits, rounded, sizeof bits);
+  _mm256_stream_si256((__m256i*)p, bits);
+#else
+  __m128i bits;
+  std::memcpy(&bits, rounded, sizeof bits);
+  _mm_stream_si128((__m128i*)p, bits);
+#endif
+}
+#endif
+#if defined(__AVX512F__)
+inline void stream(fp16* p, vf v) { _mm256_stream_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
+#endif
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Rows of floats padded with zeros to whole vectors.
+struct Scratch {
+  int64_t stride;
+  Buffer data;
+  Scratch(int64_t rows, int64_t width) : stride(ceil_div(width, kLanes) * kLanes), data(rows * stride) {
+    for (int64_t i = 0; i < rows; ++i) std::fill(row(i) + width, row(i) + stride, 0.0f);
+  }
+  float* row(int64_t i) const { return data.get() + i * stride; }
+};
+
+// sum f(i) over [0, n) in whole vectors: fp32 within a block, double between blocks.
+template <class F>
+inline double sum_blocks(int64_t n, F f) {
+  double total = 0;
+  for (int64_t from = 0; from < n; from += kBlock) {
+    vf part = {};
+    for (int64_t i = from; i < std::min(from + kBlock, n); i += kLanes) part += f(i);
+    total += sum(part);
+  }
+  return total;
+}
+
+// The first place of the largest of x[0..n), n a multiple of kLanes and below 2^31.
+inline int64_t argmax(const float* x, int64_t n) {
+  vf best = splat(-std::numeric_limits<float>::infinity());
+  vi where = {}, now;
+  for (int i = 0; i < kLanes; ++i) now[i] = i;
+  for (int64_t i = 0; i < n; i += kLanes, now += kLanes) {
+    vf v = load(x + i);
+    where = v > best ? now : where;
+    best = vmax(v, best);
+  }
+  int lane = 0;
+  for (int i = 1; i < kLanes; ++i)
+    if (best[i] > best[lane] || (best[i] == best[lane] && where[i] < where[lane])) lane = i;
+  return where[lane];
+}
+
+// The rows of each chunk: rows(c) = order[first[c]] .. order[first[c + 1]].
+struct Members {
+  std::vector<int64_t> first, order;
+  Members(const int64_t* ids, int64_t n, int64_t chunks) : first(chunks + 1, 0) {
+    for (int64_t i = 0; i < n; ++i)
+      if (ids[i] >= 0) ++first[ids[i] + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    order.resize(first[chunks]);
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < n; ++i)
+      if (ids[i] >= 0) order[next[ids[i]]++] = i;
+  }
+  int64_t count(int64_t c) const { return first[c + 1] - first[c]; }
+  int64_t row(int64_t c, int64_t i) const { return order[first[c] + i]; }
+};
+
+struct Edge { int32_t row, position; float weight; };
+
+// M[:, J] by row, within a row by position.
+std::vector<Edge> slice(const ProjectionKL& in) {
+  std::vector<int32_t> next(in.width + 1, 0);
+  for (int64_t j = 0; j < in.k; ++j)
+    for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e) ++next[in.rows[e] + 1];
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  std::vector<Edge> edges(next.back());
+  for (int64_t j = 0; j < in.k; ++j)
+    for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e)
+      edges[next[in.rows[e]]++] = {in.rows[e], int32_t(j), in.weights[e]};
+  return edges;
+}
+
+template <class T>
+void write_gradient(const float* p, const float* back, float dot, T* out, int64_t width, int64_t head) {
+  int64_t i = 0;
+  auto one = [&] { from_float(p[i] * (back[i] - dot), out[i]); };
+  for (; i < width && reinterpret_cast<uintptr_t>(out + i) % 64; ++i) one();
+  for (; i + kLanes <= width; i += kLanes) stream(out + i, load(p + i) * (load(back + i) - dot));
+  for (; i < width; ++i) one();
+  std::fill(out + width, out + head, T{});
+}
+
+// What one thread works with.
+struct Worker {
+  const ProjectionKL& in;
+  const ProjectionKLResult& out;
+  const std::vector<Edge>& edges;
+  const std::vector<int32_t>& columns;
+  const float inverse = 1 / in.temperature;
+  Scratch p{kKeep + 2, in.width}, small{4, in.k};
+  std::vector<float> maxima = std::vector<float>(ceil_div(in.width, kBlock));  // what each block's exponentials refer to
+  float *sums = p.row(kKeep), *back = p.row(kKeep + 1);
+  float *a = small.row(0), *Q = small.row(1), *t = small.row(2), *G = small.row(3);
+  const float* mean = nullptr;
+
+  void chunk(int64_t c, const Members& student, const Members& teacher) {
+    const int64_t n = student.count(c), n_teacher = teacher.count(c);
+    const float weight = out.weight ? out.weight[c] : 0;
+    if (out.kl) out.kl[c] = 0, out.agree[c] = false;
+    if (n == 0 || n_teacher == 0 || (!out.kl && weight == 0)) {
+      for (int64_t i = 0; i < n; ++i) skip(out, student.row(c, i));
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) add_student(student.row(c, i), i, n);
+    std::fill_n(a, small.stride, 0.0f);
+    for (const Edge& e : edges) a[e.position] += e.weight * mean[e.row];
+    std::fill_n(Q, small.stride, 0.0f);
+    for (int64_t i = 0; i < n_teacher; ++i)
+      with_type(in.teacher, [&](auto* x) { add_teacher(x + teacher.row(c, i) * in.teacher.stride); });
+    compare(float(n), float(n_teacher), weight * inverse, c);
+    if (!out.grad.data) return;
+    if (weight == 0) {
+      for (int64_t i = 0; i < n; ++i) zero(out, student.row(c, i));
+      return;
+    }
+    std::fill_n(back, p.stride, 0.0f);
+    for (const Edge& e : edges) back[e.row] += e.weight * G[e.position];
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const int64_t row = student.row(c, i);
+      float* e = slot(i);
+      if (i >= kKeep - 1 && i < n - 1) with_type(in.student, [&](auto* z) { softmax_known(z + row * in.student.stride, e, row); });
+      float dot = float(sum_blocks(p.stride, [&](int64_t s) { return load(e + s) * load(back + s); }));
+      with_type(out.grad, [&](auto* g) { write_gradient(e, back, dot, g + row * out.grad.stride, in.width, out.grad.cols); });
+    }
+  }
+
+  static void zero(const ProjectionKLResult& out, int64_t row) {
+    if (!out.grad.data) return;
+    with_type(out.grad, [&](auto* g) { std::memset(g + row * out.grad.stride, 0, out.grad.cols * sizeof *g); });
+  }
+  // A row that nothing is compared with.
+  static void skip(const ProjectionKLResult& out, int64_t row) {
+    if (!out.known) out.row_max[row] = out.row_scale[row] = 0;
+    zero(out, row);
+  }
+
+  float* slot(int64_t i) const { return p.row(std::min(i, kKeep - 1)); }
+
+  // Row i of n: its probabilities go to slot(i), and into the mean.
+  void add_student(int64_t row, int64_t i, int64_t n) {
+    float* e = slot(i);
+    with_type(in.student, [&](auto* z) {
+      if (out.known) softmax_known(z + row * in.student.stride, e, row);
+      else softmax(z + row * in.student.stride, e, row);
+    });
+    mean = n == 1 ? e : sums;
+    if (n == 1) return;
+    const float share = 1 / (float(n) + kEps);
+    for (int64_t s = 0; s < p.stride; s += kLanes)
+      store(sums + s, i == 0 ? load(e + s) * share : load(sums + s) + load(e + s) * share);
+  }
+
+  template <class T>
+  void softmax(const T* z, float* e, int64_t row) {
+    double total = 0;
+    float best = -FLT_MAX;
+    for (int64_t b = 0, from = 0; from < in.width; ++b, from += kBlock) {
+      int64_t n = std::min(kBlock, in.width - from), i = 0;
+      vf top = splat(best);
+      for (; i + kLanes <= n; i += kLanes) top = vmax(load(z + from + i), top);
+      float here = max(top);
+      for (; i < n; ++i) here = std::max(here, to_float(z[from + i]));
+      total *= exp_nonpositive(splat((best - here) * inverse))[0];
+      maxima[b] = best = here;
+      vf part = {};
+      for (i = 0; i + kLanes <= n; i += kLanes) {
+        vf v = exp_nonpositive((load(z + from + i) - best) * inverse);
+        store(e + from + i, v);
+        part += v;
+      }
+      total += sum(part);
+      for (; i < n; ++i) total += e[from + i] = exp_nonpositive(splat((to_float(z[from + i]) - best) * inverse))[0];
+    }
+    out.row_max[row] = best;
+    out.row_scale[row] = float(1 / total);
+    for (int64_t b = 0, from = 0; from < in.width; ++b, from += kBlock) {
+      float factor = exp_nonpositive(splat((maxima[b] - best) * inverse))[0] * out.row_scale[row];
+      for (int64_t i = from; i < std::min(from + kBlock, in.width); i += kLanes) store(e + i, load(e + i) * factor);
+    }
+  }
+
+  template <class T>
+  void softmax_known(const T* z, float* e, int64_t row) const {
+    const float best = out.row_max[row], scale = out.row_scale[row];
+    int64_t i = 0;
+    for (; i + kLanes <= in.width; i += kLanes) store(e + i, exp_nonpositive((load(z + i) - best) * inverse) * scale);
+    for (; i < in.width; ++i) e[i] = exp_nonpositive(splat((to_float(z[i]) - best) * inverse))[0] * scale;
+  }
+
+  // Q += log_softmax(x[J] / tau)
+  template <class T>
+  void add_teacher(const T* x) {
+    vf top = splat(-FLT_MAX);
+    for (int64_t j = 0; j < in.k; ++j) t[j] = to_float(x[columns[j]]);
+    std::fill(t + in.k, t + small.stride, -std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < small.stride; j += kLanes) top = vmax(load(t + j), top);
+    const float best = max(top);
+    double total = sum_blocks(small.stride, [&](int64_t j) {
+      vf v = (load(t + j) - best) * inverse;
+      store(t + j, v);
+      return exp_nonpositive(v);
+    });
+    const float lse = float(std::log(total));
+    for (int64_t j = 0; j < small.stride; j += kLanes) store(Q + j, load(Q + j) + (load(t + j) - lse));
+  }
+
+  // From a and the sums in Q: the chunk's KL, whether both sides prefer the same column, and G * factor.
+  void compare(float n, float n_teacher, float factor, int64_t c) {
+    const float share = 1 / (n_teacher + kEps);
+    for (int64_t j = 0; j < small.stride; j += kLanes) store(Q + j, load(Q + j) * share);
+    if (out.kl) std::fill(Q + in.k, Q + small.stride, -std::numeric_limits<float>::infinity());
+    int64_t preferred = out.kl ? argmax(Q, small.stride) : 0;
+    std::fill(Q + in.k, Q + small.stride, log_positive(splat(kEps))[0]);  // the padding, a = 0, adds exactly nothing
+    const float total = float(sum_blocks(small.stride, [&](int64_t j) { return load(a + j); })) + kEps;
+    double kl = 0;
+    const double centre = sum_blocks(small.stride, [&](int64_t j) {
+      vf r = load(a + j) / total, q = load(Q + j), l = log_positive(r + kEps), g, value;
+      if (in.reverse) {
+        value = (r + kEps) * (l - q);
+        g = 1.0f + l - q;
+      } else {
+        vf e = exp_nonpositive(q);
+        value = e == vf{} ? vf{} : e * (q - l);
+        g = -e / (r + kEps);
+      }
+      kl += sum(value);
+      store(a + j, r);
+      store(G + j, g);
+      return g * r;
+    });
+    if (out.kl) {
+      out.kl[c] = float(kl);
+      out.agree[c] = in.k > 0 && argmax(a, small.stride) == preferred;
+    }
+    const float scale = factor / total / (n + kEps), mid = float(centre);
+    for (int64_t j = 0; j < small.stride; j += kLanes) store(G + j, (load(G + j) - mid) * scale);
+  }
+};
+
+template <class T>
+void raise_maxima(const T* x, int64_t n, float* best) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(best + j, vmax(load(x + j), load(best + j)));
+  for (; j < n; ++j) best[j] = std::max(best[j], to_float(x[j]));
+}
+
+}  // namespace
+
+void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out) {
+  const Members student(in.student_chunk, in.student.rows, in.chunks), teacher(in.teacher_chunk, in.teacher.rows, in.chunks);
+  const std::vector<Edge> edges = slice(in);
+  const std::vector<int32_t> columns(in.columns, in.columns + in.k);
+#pragma omp parallel
+  {
+    Worker worker{in, out, edges, columns};
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t c = 0; c < in.chunks; ++c) worker.chunk(c, student, teacher);
+#pragma omp for
+    for (int64_t i = 0; i < in.student.rows; ++i)
+      if (in.student_chunk[i] < 0) Worker::skip(out, i);
+    fence();
+  }
+}
+
+// The k columns with the largest maxima over the rows kept (null: all), ascending; ties go to the lowest columns.
+void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out) {
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), logits.rows));
+  const int64_t stride = ceil_div(logits.cols, kLanes) * kLanes;
+  std::vector<float> best(threads * stride, -std::numeric_limits<float>::infinity());
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < threads; ++part)
+    for (int64_t i = logits.rows * part / threads; i < logits.rows * (part + 1) / threads; ++i)
+      if (!keep || keep[i])
+        with_type(logits, [&](auto* x) { raise_maxima(x + i * logits.stride, logits.cols, best.data() + part * stride); });
+  for (int64_t part = 1; part < threads; ++part) raise_maxima(best.data() + part * stride, logits.cols, best.data());
+  std::vector<int32_t> ids(logits.cols);
+  std::iota(ids.begin(), ids.end(), 0);
+  auto before = [&](int32_t i, int32_t j) { return best[i] > best[j] || (best[i] == best[j] && i < j); };
+  if (k < logits.cols) std::nth_element(ids.begin(), ids.begin() + k, ids.end(), before);
+  std::sort(ids.begin(), ids.begin() + k);
+  std::copy_n(ids.begin(), k, out);
+}
+
+}  // namespace CHASSIS_ISA
+}  // namespace chassis
