@@ -44,7 +44,7 @@ def environment() -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu extension": "built" if backends._C else None,
-        "cpu_isa": backends.cpu_isa() if backends._C else None,
+        "cpu_isa": _cpu_isa(),
         "gpu": _gpu(),
         "compiler": _compiler(),
         "python headers": _headers(),
@@ -109,6 +109,15 @@ def _hints(found: dict, capabilities: list[dict]) -> list[str]:
     if not _writable(Path(found["cache"])):
         hints.append(f"the cache {found['cache']} cannot be written: set CHASSIS_CACHE to a folder you may write to")
     return hints
+
+
+def _cpu_isa() -> str | None:
+    from chassis_kernels import backends
+
+    try:
+        return backends.cpu_isa() if backends._C else None
+    except RuntimeError as error:  # CHASSIS_CPU_ISA asks for one that is not there
+        return f"none: {error}"
 
 
 def _install_compiler() -> str:
