@@ -15,6 +15,7 @@ from torch import Tensor
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 ROW_CHUNK = 256
+VOCABULARY_CHUNK = 4096
 
 
 def logits_of(
@@ -31,7 +32,9 @@ def logits_of(
     """cap(scale (h Wᵀ + bias + u v + c)) in `dtype`; without W, h itself."""
     if W is None:
         return h.to(dtype)
-    z = h.to(dtype) @ W.to(dtype).T
+    # a tile of W at a time where it needs a copy in `dtype`
+    tiles = (W,) if W.dtype == dtype else W.split(VOCABULARY_CHUNK)
+    z = torch.cat([h.to(dtype) @ tile.to(dtype).T for tile in tiles], 1)
     for term in (bias, c):
         if term is not None:
             z = z + term.to(dtype)
