@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 try:
-    from chassis_kernels import _C
+    _C = importlib.import_module("chassis_kernels._C")
 except ImportError as error:
     _C, _C_ERROR = None, str(error)
 else:
@@ -136,31 +138,49 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def capabilities() -> list[dict]:
-    """One row per op and backend: {op, backend, built, executed, verified, note}, after running each op's example."""
+    """One row per op and backend: {op, backend, built, executed, verified, note}.
+
+    Each op's example is run here and held against the reference: `executed` is False, and `note` says why, where it cannot
+    run, fails or disagrees.
+    """
     rows = []
     for op in OPS.values():
         for backend, implementation in op.implementations.items():
-            device = "cuda" if backend in ("triton", "cuda") else "cpu"
-            note = why_not(op.name, backend, device)
-            if not note and device == "cuda" and not torch.cuda.is_available():
-                note = "no CUDA device here"
-            executed = False
-            if not note:
-                with use_backend(backend):
-                    getattr(torch.ops.chassis, op.name)(*op.example(device))
-                executed = True
-            built = backend != "cpu" or _C is not None
+            note = _try(op, backend)
             rows.append(
                 {
                     "op": op.name,
                     "backend": backend,
-                    "built": built,
-                    "executed": executed,
+                    "built": backend != "cpu" or _C is not None,
+                    "executed": not note,
                     "verified": implementation.verified or "compiled, not verified",
                     "note": note,
                 }
             )
     return rows
+
+
+def _try(op: Op, backend: str) -> str:
+    """Why the example of `op` does not give on `backend` what the reference gives; empty when it does."""
+    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    reason = why_not(op.name, backend, device)
+    if reason:
+        return reason
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device here"
+
+    def values(name: str) -> list[torch.Tensor]:
+        arguments = op.example(device)
+        with use_backend(name), torch.no_grad():
+            outputs = getattr(torch.ops.chassis, op.name)(*arguments)
+        return [t for t in tree_leaves((arguments, outputs)) if isinstance(t, torch.Tensor)]
+
+    try:
+        pairs = zip(values(backend), values("reference"), strict=True)
+        close = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)
+    except Exception as error:  # the doctor reports whatever a backend does here, and goes on with the next
+        return f"{type(error).__name__}: {error}"
+    return "" if close else "its result differs from the reference"
 
 
 def cpu_isa() -> str:
