@@ -8,19 +8,17 @@
 // A thread takes a whole chunk: each student row is read from memory once (blocks of exponentials, relative to the maximum
 // so far, are kept and rescaled), everything until the gradient's store happens in its cache. M[:, J] is one flat list of
 // (row, position in J, weight), sorted by row: rows stream, positions stay in L1.
-#include <cfloat>
 #include <numeric>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "cpu/logit_rows.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
 namespace {
 
 constexpr float kEps = 1e-10f;
-constexpr int64_t kBlock = 2048;  // exponentials that share one maximum
-constexpr int64_t kKeep = 4;      // rows of a chunk whose probabilities stay in cache; longer chunks compute them again
+constexpr int64_t kKeep = 4;  // rows of a chunk whose probabilities stay in cache; longer chunks compute them again
 
 // log(x) to about 1 ulp for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1.
 inline vf log_positive(vf x) {
@@ -44,60 +42,6 @@ inline vf log_positive(vf x) {
   y = y * m * z + n * -2.12194440e-4f - 0.5f * z;
   vf value = m + y + n * 0.693359375f;
   return x == x ? value : x;
-}
-
-// Past the caches when the address allows it: a gradient is read next by someone else.
-template <class T>
-inline void stream(T* p, vf v) { store_rounded(p, v); }
-#if defined(__AVX512F__)
-inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
-#elif defined(__AVX2__)
-inline void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
-#endif
-#if defined(__AVX2__)
-inline void stream(bf16* p, vf v) {
-  bf16 rounded[kLanes];
-  store_rounded(rounded, v);
-#if defined(__AVX512F__)
-  __m256i bits;
-  std::memcpy(&bits, rounded, sizeof bits);
-  _mm256_stream_si256((__m256i*)p, bits);
-#else
-  __m128i bits;
-  std::memcpy(&bits, rounded, sizeof bits);
-  _mm_stream_si128((__m128i*)p, bits);
-#endif
-}
-#endif
-#if defined(__AVX512F__)
-inline void stream(fp16* p, vf v) { _mm256_stream_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
-#endif
-inline void fence() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
-// Rows of floats padded with zeros to whole vectors.
-struct Scratch {
-  int64_t stride;
-  Buffer data;
-  Scratch(int64_t rows, int64_t width) : stride(ceil_div(width, kLanes) * kLanes), data(rows * stride) {
-    for (int64_t i = 0; i < rows; ++i) std::fill(row(i) + width, row(i) + stride, 0.0f);
-  }
-  float* row(int64_t i) const { return data.get() + i * stride; }
-};
-
-// sum f(i) over [0, n) in whole vectors: fp32 within a block, double between blocks.
-template <class F>
-inline double sum_blocks(int64_t n, F f) {
-  double total = 0;
-  for (int64_t from = 0; from < n; from += kBlock) {
-    vf part = {};
-    for (int64_t i = from; i < std::min(from + kBlock, n); i += kLanes) part += f(i);
-    total += sum(part);
-  }
-  return total;
 }
 
 // The first place of the largest of x[0..n), n a multiple of kLanes and below 2^31.
@@ -327,6 +271,7 @@ void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out) {
   const Members student(in.student_chunk, in.student.rows, in.chunks), teacher(in.teacher_chunk, in.teacher.rows, in.chunks);
   const std::vector<Edge> edges = slice(in);
   const std::vector<int32_t> columns(in.columns, in.columns + in.k);
+  if (out.known) prefer_large_pages(out.grad);
 #pragma omp parallel
   {
     Worker worker{in, out, edges, columns};

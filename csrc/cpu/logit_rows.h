@@ -1,0 +1,80 @@
+// What kernels over rows of logits share: scratch rows, sums, stores that bypass the caches, large pages.
+#pragma once
+#include <cfloat>
+
+#include "cpu/tensor.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace chassis {
+namespace CHASSIS_ISA {
+
+constexpr int64_t kBlock = 2048;  // values per fp32 sum; longer ones lose digits
+
+// Past the caches when the address allows it: a gradient is read next by someone else.
+template <class T>
+inline void stream(T* p, vf v) { store_rounded(p, v); }
+#if defined(__AVX512F__)
+inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX2__)
+inline void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+#endif
+#if defined(__AVX2__)
+inline void stream(bf16* p, vf v) {
+  bf16 rounded[kLanes];
+  store_rounded(rounded, v);
+#if defined(__AVX512F__)
+  __m256i bits;
+  std::memcpy(&bits, rounded, sizeof bits);
+  _mm256_stream_si256((__m256i*)p, bits);
+#else
+  __m128i bits;
+  std::memcpy(&bits, rounded, sizeof bits);
+  _mm_stream_si128((__m128i*)p, bits);
+#endif
+}
+#endif
+#if defined(__AVX512F__)
+inline void stream(fp16* p, vf v) { _mm256_stream_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
+#endif
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Rows of floats padded with zeros to whole vectors.
+struct Scratch {
+  int64_t stride;
+  Buffer data;
+  Scratch(int64_t rows, int64_t width) : stride(ceil_div(width, kLanes) * kLanes), data(rows * stride) {
+    for (int64_t i = 0; i < rows; ++i) std::fill(row(i) + width, row(i) + stride, 0.0f);
+  }
+  float* row(int64_t i) const { return data.get() + i * stride; }
+};
+
+// sum f(i) over [0, n) in whole vectors: fp32 within a block, double between blocks.
+template <class F>
+inline double sum_blocks(int64_t n, F f) {
+  double total = 0;
+  for (int64_t from = 0; from < n; from += kBlock) {
+    vf part = {};
+    for (int64_t i = from; i < std::min(from + kBlock, n); i += kLanes) part += f(i);
+    total += sum(part);
+  }
+  return total;
+}
+
+// Asks for 2 MiB pages under a large new tensor: faulting it in by 4 KiB pages takes longer than computing it.
+inline void prefer_large_pages(const Matrix& m) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(m.data), size = m.dtype == DType::fp32 ? 4 : 2;
+  const uintptr_t from = (first + page - 1) / page * page, to = (first + m.rows * m.stride * size) / page * page;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace CHASSIS_ISA
+}  // namespace chassis
