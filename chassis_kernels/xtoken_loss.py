@@ -12,6 +12,7 @@ from chassis_kernels.chunks import next_token
 from chassis_kernels.projection_kl import projection_kl
 from chassis_kernels.reference import xtoken_loss as reference
 from chassis_kernels.reference.xtoken_loss import TeacherBatch
+from chassis_kernels.token_kl import token_kl
 from chassis_kernels.xtoken_config import XTokenConfig
 
 
@@ -51,7 +52,7 @@ def xtoken_loss(
             dist.all_reduce(total, group=group)
         return total
 
-    kernels = reference.EAGER if eager else reference.Kernels(projection_kl)
+    kernels = reference.EAGER if eager else reference.Kernels(projection_kl, token_kl=token_kl)
     return reference.compose(student_logits, config, student, teachers, kernels, group_sum)
 
 

@@ -142,4 +142,12 @@ PYBIND11_MODULE(_C, m) {
     Matrix from = matrix(logits);
     DISPATCH(top_columns(from, pointer<uint8_t>(keep), k, pointer<int64_t>(out)));
   });
+  m.def("token_kl", [](const py::object& student, const py::object& teacher, uintptr_t columns, int64_t k, uintptr_t keep,
+                       float temperature, bool reverse, uintptr_t result, const py::object& grad) {
+    chassis::TokenKL args{matrix(student), matrix(teacher), pointer<int64_t>(columns), k, pointer<bool>(keep),
+                          temperature, reverse};
+    Matrix out = matrix(grad);
+    if (out.data) DISPATCH(token_kl_backward(args, pointer<float>(result), out));
+    else DISPATCH(token_kl(args, pointer<float>(result)));
+  });
 }

@@ -6,53 +6,78 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.chunks import next_token
-from chassis_kernels.reference.precision import compute_dtype
+from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import times, top_columns
 
 TOKENS_EPS = 1e-8
 
 
-def topk_kl(
+def loss(
     student_logits: Tensor,  # [B, T, V]
     teacher_logits: Tensor,  # [B, T, >= V]
     mask: Tensor,  # [B, T], weight of each position
     *,
-    temperature: float,
-    vocab_topk: int,
-    reverse: bool,
-    n_tokens: Tensor,
+    temperature: float = 1.0,
+    vocab_topk: int | None = None,
+    reverse: bool = False,
+    n_tokens: Tensor | float,
     column_mask: Tensor | None = None,  # [B, T] bool
 ) -> Tensor:
-    """τ² Σ mask KL / (n_tokens + 1e-8) within the columns J of the largest teacher logits, both sides normalised in J."""
+    """`chassis_kernels.token_kl` as PyTorch expressions: τ² Σ mask KL / (n_tokens + 1e-8)."""
     width = student_logits.shape[-1]
-    teacher_logits = teacher_logits[..., :width]
-    keep = None if column_mask is None else column_mask.flatten()
-    columns = top_columns(teacher_logits.flatten(0, 1), keep, vocab_topk)
-    return full_kl(
-        student_logits[..., columns],
-        teacher_logits[..., columns],
-        mask,
-        temperature=temperature,
-        reverse=reverse,
-        n_tokens=n_tokens,
-    )
+    student, teacher = (t.flatten(0, 1) for t in (student_logits, teacher_logits[..., :width]))
+    columns = None
+    if vocab_topk is not None:
+        columns = top_columns(teacher, None if column_mask is None else column_mask.flatten(), vocab_topk)
+    kl = token_kl(student, teacher, columns, None, temperature, reverse)
+    return temperature**2 * _masked_sum(kl, mask.flatten()) / (n_tokens + TOKENS_EPS)
 
 
-def full_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor,
-    *,
+@without_autocast
+def token_kl(
+    student: Tensor,  # [N, V]
+    teacher: Tensor,  # [N, >= V]
+    columns: Tensor | None,  # [k] int64, no id twice
+    keep: Tensor | None,  # [N] bool
     temperature: float,
     reverse: bool,
-    n_tokens: Tensor,
 ) -> Tensor:
-    """τ² Σ mask KL(teacher ‖ student) / (n_tokens + 1e-8) over the whole vocabulary; reverse: KL(student ‖ teacher)."""
-    dtype = compute_dtype(student_logits, teacher_logits)
-    student = torch.log_softmax(student_logits.to(dtype) / temperature, -1)
-    teacher = torch.log_softmax(teacher_logits.to(dtype) / temperature, -1)
-    kl = (times(student.exp(), student - teacher) if reverse else times(teacher.exp(), teacher - student)).sum(-1)
-    return temperature**2 * _masked_sum(kl, mask) / (n_tokens + TOKENS_EPS)
+    """KL(teacher ‖ student) per row within the columns (None: all V), [N]; reverse: KL(student ‖ teacher). 0 if not kept."""
+    log_p, log_q = _log_softmaxes(student, teacher, columns, temperature)
+    kl = (times(log_p.exp(), log_p - log_q) if reverse else times(log_q.exp(), log_q - log_p)).sum(1)
+    return kl if keep is None else torch.where(keep, kl, 0.0)
+
+
+@without_autocast
+def token_kl_backward(
+    grad: Tensor,  # [N]
+    student: Tensor,
+    teacher: Tensor,
+    columns: Tensor | None,
+    keep: Tensor | None,
+    temperature: float,
+    reverse: bool,
+) -> Tensor:
+    """The gradient for the student logits: (p - q) / τ, or reverse p (log p - log q - KL) / τ; 0 outside the columns."""
+    log_p, log_q = _log_softmaxes(student, teacher, columns, temperature)
+    p = log_p.exp()
+    if reverse:
+        kl = times(p, log_p - log_q).sum(1, keepdim=True)
+        part = times(p, log_p - log_q - kl)
+    else:
+        part = p - log_q.exp()
+    kept = grad != 0 if keep is None else keep & (grad != 0)
+    part = torch.where(kept[:, None], part * (grad.to(p.dtype) / temperature)[:, None], 0.0)
+    out = torch.zeros_like(student)
+    out[:, slice(None) if columns is None else columns] = part.to(out.dtype)
+    return out
+
+
+def _log_softmaxes(student: Tensor, teacher: Tensor, columns: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    dtype, teacher = compute_dtype(student, teacher), teacher[:, : student.shape[1]]
+    if columns is not None:
+        student, teacher = student[:, columns], teacher[:, columns]
+    return torch.log_softmax(student.to(dtype) / temperature, 1), torch.log_softmax(teacher.to(dtype) / temperature, 1)
 
 
 def averaged_logits(teachers: list[Tensor], weights: list[float]) -> Tensor:

@@ -29,8 +29,7 @@ class Kernels(NamedTuple):
 
     projection_kl: Callable
     gold_kl: Callable = gold_kl
-    topk_kl: Callable = token_kl.topk_kl
-    full_kl: Callable = token_kl.full_kl
+    token_kl: Callable = token_kl.loss
 
 
 EAGER = Kernels(projection_kl.loss)
@@ -127,7 +126,7 @@ def _mode(step: Step) -> tuple[Tensor, Metrics]:
         weights = [t.weight for t in config.teachers]
         width = step.student.logits.shape[-1]
         mean = token_kl.averaged_logits([t.logits[..., :width] for t in teachers], weights)
-        return step.kernels.full_kl(step.student.logits, mean, step.mask(), **_token_options(step)), {}
+        return step.kernels.token_kl(step.student.logits, mean, step.mask(), **_token_options(step)), {}
     weights = step.student.logits.new_tensor([t.weight for t in config.teachers], dtype=torch.float64)
     if config.sum_weights_metric:
         weights = torch.softmax(config.alpha * _scores(step, config.sum_weights_metric), 0)
@@ -145,7 +144,7 @@ def _teacher(step: Step, i: int) -> tuple[Tensor, Metrics]:
     config, teacher, student = step.config, step.teachers[i], step.student
     if config.teachers[i].same_tokenizer:
         options = _token_options(step) | {"vocab_topk": config.vocab_topk, "column_mask": step.column_mask(i)}
-        kd, metrics = step.kernels.topk_kl(student.logits, teacher.logits, step.mask(), **options), {}
+        kd, metrics = step.kernels.token_kl(student.logits, teacher.logits, step.mask(), **options), {}
     else:
         common = {
             "temperature": config.temperature,

@@ -58,6 +58,16 @@ struct ProjectionKLResult {
   const float* weight;
 };
 
+// student and teacher [N, V] logits, the k columns compared (null: the first k), the rows to compare (null: all).
+struct TokenKL {
+  Matrix student, teacher;
+  const int64_t* columns;
+  int64_t k;
+  const bool* keep;
+  float temperature;
+  bool reverse;
+};
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
@@ -69,7 +79,9 @@ struct ProjectionKLResult {
   void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \
                           const LinearKLGradients& out);                                                         \
   void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
-  void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);
+  void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
+  void token_kl(const TokenKL& args, float* kl);                                                                 \
+  void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }

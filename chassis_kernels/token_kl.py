@@ -1,0 +1,149 @@
+"""KL between models that share a tokenizer, position by position: within the teacher's top columns, or over all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chassis_kernels import backends
+from chassis_kernels.reference import token_kl as reference
+from chassis_kernels.reference.precision import compute_dtype
+
+_INPUTS = "Tensor student, Tensor teacher, Tensor? columns, Tensor? keep, float temperature, bool reverse"
+_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def token_kl(
+    student_logits: Tensor,  # [B, T, V]
+    teacher_logits: Tensor,  # [B, T, >= V]
+    mask: Tensor,  # [B, T] weights
+    *,
+    temperature: float = 1.0,
+    vocab_topk: int | None = None,
+    reverse: bool = False,
+    n_tokens: Tensor | float,
+    column_mask: Tensor | None = None,  # [B, T] bool
+) -> Tensor:
+    """τ² Σ mask KL(teacher ‖ student) / (n_tokens + 1e-8) in nats, [] float32 (float64 if logits are).
+
+    With vocab_topk both sides are normalised within the columns that reach the largest teacher logits anywhere in the
+    batch (positions outside `column_mask` do not vote; ties go to the lowest id); None: over all V tokens. `reverse`:
+    KL(student ‖ teacher). Rows of mask 0 are not read. Differentiable in student_logits. Raises ValueError for shapes
+    and dtypes that do not fit.
+    """
+    _check(student_logits, teacher_logits, mask, temperature, vocab_topk, column_mask)
+    width = student_logits.shape[-1]
+    student, teacher = (t.flatten(0, 1) for t in (student_logits, teacher_logits.detach()[..., :width]))
+    columns = None
+    if vocab_topk is not None:
+        votes = None if column_mask is None else column_mask.flatten()
+        columns = torch.ops.chassis.top_columns(teacher, votes, vocab_topk)
+    mask = mask.flatten().to(compute_dtype(student, teacher))
+    kl = torch.ops.chassis.token_kl(student, teacher, columns, mask != 0, float(temperature), reverse)
+    return temperature**2 * torch.where(mask != 0, mask * kl, 0.0).sum() / (n_tokens + reference.TOKENS_EPS)
+
+
+def _check(student, teacher, mask, temperature, vocab_topk, column_mask) -> None:
+    fits = student.dim() == 3 and teacher.dim() == 3 and teacher.shape[:2] == student.shape[:2]
+    if not fits or teacher.shape[2] < student.shape[2] or student.shape[2] == 0:
+        raise ValueError(
+            f"student_logits are {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: expected "
+            "[B, T, V > 0] and [B, T, >= V]"
+        )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits.dtype not in backends.DTYPE_CODES:
+            raise ValueError(f"{name}_logits are {logits.dtype}, expected floats")
+    if mask.shape != student.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(student.shape[:2])}")
+    if column_mask is not None and (column_mask.shape != student.shape[:2] or column_mask.dtype != torch.bool):
+        raise ValueError(
+            f"column_mask is {column_mask.dtype} {tuple(column_mask.shape)}, expected torch.bool {tuple(student.shape[:2])}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    if vocab_topk is not None and vocab_topk < 1:
+        raise ValueError(f"vocab_topk is {vocab_topk}: expected at least 1")
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.temperature, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 6
+    return torch.ops.chassis.token_kl_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.reverse), *(None,) * 5
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("token_kl has no second derivative: use xtoken_loss(..., eager=True)")
+
+
+def _cpu(student, teacher, columns, keep, temperature, reverse) -> Tensor:
+    kl = torch.empty(student.shape[0])
+    _call(student, teacher, columns, keep, temperature, reverse, kl, None)
+    return kl
+
+
+def _cpu_backward(grad, student, *arguments) -> Tensor:
+    out = torch.empty(student.shape, dtype=student.dtype)
+    _call(student, *arguments, grad.float().contiguous(), out)
+    return out
+
+
+def _call(student, teacher, columns, keep, temperature, reverse, rows, grad) -> None:
+    student, teacher = backends.rows_contiguous(student), backends.rows_contiguous(teacher)
+    columns, keep = (None if t is None else t.contiguous() for t in (columns, keep))
+    backends._C.token_kl(
+        backends.matrix_args(student),
+        backends.matrix_args(teacher),
+        0 if columns is None else columns.data_ptr(),
+        student.shape[1] if columns is None else len(columns),
+        0 if keep is None else keep.data_ptr(),
+        temperature,
+        reverse,
+        rows.data_ptr(),
+        backends.matrix_args(grad),
+    )
+
+
+def _fake(student, teacher, *arguments):
+    return student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
+
+
+def _example(device: str) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(shape, generator=generator).to(device) for shape in ((4, 7), (4, 9)))
+    columns, keep = torch.tensor([0, 2, 3, 6], device=device), torch.tensor([True, True, False, True], device=device)
+    return student, teacher, columns, keep, 2.0, False
+
+
+def _example_backward(device: str) -> tuple:
+    return torch.tensor([0.5, -2.0, 1.0, 0.0], device=device), *_example(device)
+
+
+backends.register(
+    f"token_kl({_INPUTS}) -> Tensor",
+    reference=reference.token_kl,
+    fake=_fake,
+    example=_example,
+    cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+)
+backends.register(
+    f"token_kl_backward(Tensor grad, {_INPUTS}) -> Tensor",
+    reference=reference.token_kl_backward,
+    fake=lambda grad, student, *arguments: torch.empty_like(student),
+    example=_example_backward,
+    inputs=slice(1, None),
+    cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+)
+torch.library.register_autograd(
+    "chassis::token_kl", _backward, setup_context=_setup_context, lib=backends.library
+)
+torch.library.register_autograd(
+    "chassis::token_kl_backward",
+    _no_second_derivative,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=backends.library,
+)
