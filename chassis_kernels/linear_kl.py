@@ -164,7 +164,7 @@ def _cpu_args(tensors, softcap_a, softcap_b, scale_a, scale_b) -> tuple:
 def _cpu(*inputs):
     tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
     n = tensors[0].shape[0]
-    out = tuple(torch.empty(n, dtype=d) for d in (torch.float32, torch.float64, torch.float64, torch.int64, torch.int64))
+    out = tuple(tensors[0].new_empty(n, dtype=d) for d in (torch.float32, torch.float64, torch.float64, torch.int64, torch.int64))
     backends._C.linear_kl(_cpu_args(tensors, *inputs[9:]), *(t.data_ptr() for t in out))
     return out
 
@@ -174,8 +174,8 @@ def _cpu_backward(grad, *inputs):
     *options, lse_a, lse_b = inputs[9:]
     grad, lse_a, lse_b = grad.float().contiguous(), lse_a.contiguous(), lse_b.contiguous()
     u, v, c = tensors[6:]
-    grad_u, grad_v = torch.empty(u.shape), torch.zeros(v.shape)
-    grad_c = torch.zeros(0 if c is None else c.shape[0])
+    grad_u, grad_v = grad.new_empty(u.shape), grad.new_zeros(v.shape)
+    grad_c = grad.new_zeros(0 if c is None else c.shape[0])
     backends._C.linear_kl_backward(
         _cpu_args(tensors, *options),
         *(t.data_ptr() for t in (grad, lse_a, lse_b, grad_u, grad_v)),
