@@ -18,6 +18,7 @@ _INPUTS = (
     "float? softcap_a, float? softcap_b, float scale_a, float scale_b"
 )
 
+_STATS_DTYPES = (torch.float64, torch.float64, torch.int64, torch.int64)
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -150,7 +151,7 @@ def _fake(h_a, *arguments):
     tensors = [t for t in (h_a, *arguments) if isinstance(t, Tensor)]
     dtype = reference.compute_dtype(*tensors)
     n = h_a.shape[0]
-    return tuple(h_a.new_empty(n, dtype=d) for d in (dtype, torch.float64, torch.float64, torch.int64, torch.int64))
+    return tuple(h_a.new_empty(n, dtype=d) for d in (dtype, *_STATS_DTYPES))
 
 
 def _fake_backward(grad, h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, *options):
@@ -164,7 +165,7 @@ def _cpu_args(tensors, softcap_a, softcap_b, scale_a, scale_b) -> tuple:
 def _cpu(*inputs):
     tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
     n = tensors[0].shape[0]
-    out = tuple(tensors[0].new_empty(n, dtype=d) for d in (torch.float32, torch.float64, torch.float64, torch.int64, torch.int64))
+    out = tuple(tensors[0].new_empty(n, dtype=d) for d in (torch.float32, *_STATS_DTYPES))
     backends._C.linear_kl(_cpu_args(tensors, *inputs[9:]), *(t.data_ptr() for t in out))
     return out
 
