@@ -386,7 +386,7 @@ def test_float64_runs_in_float64_and_an_override_says_so():
     heads, _ = problem()
     heads = [t.double() for t in heads]
     assert linear_kl(*heads).dtype == torch.float64
-    with use_backend("cpu"), pytest.raises(BackendError, match="linear_kl: .* it does not take torch.float64"):
+    with use_backend("cpu"), pytest.raises(BackendError, match="linear_kl: backend .cpu. was asked for, but"):
         linear_kl(*heads)
 
 
