@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chassis_kernels.backends import DTYPE_CODES
+
 COUNT_EPS = 1e-10
 
 
@@ -46,6 +48,38 @@ def layout(chunks: Chunks, sample_mask: Tensor | None, exact_only: bool, dtype: 
     if sample_mask is not None:
         weight = (weight.view(chunks.valid.shape) * sample_mask.to(dtype)[:, None]).flatten()
     return Layout(_only(student, paired), _only(teacher, paired), n_student, n_teacher, paired, weight)
+
+
+def check_chunks(
+    student: Tensor, teacher: Tensor, sizes: tuple[int, int], chunks: Chunks, sample_mask: Tensor | None
+) -> None:
+    """ValueError unless logits [B, T, >= V], vocabularies, alignment and sample mask fit each other."""
+    for name, logits, size in (("student", student, sizes[0]), ("teacher", teacher, sizes[1])):
+        if logits.dim() != 3 or logits.shape[2] < size or size == 0 or logits.dtype not in DTYPE_CODES:
+            raise ValueError(
+                f"{name}_logits are {logits.dtype} {tuple(logits.shape)}, expected floats [B, T, >= {size}], "
+                f"with a projection of {sizes}"
+            )
+    batch = student.shape[0]
+    expected = (("student", student.shape[:2]), ("teacher", (batch, teacher.shape[1])))
+    if teacher.shape[0] != batch:
+        raise ValueError(f"student_logits hold {batch} samples and teacher_logits {teacher.shape[0]}")
+    for name, shape in expected:
+        ids = getattr(chunks, name)
+        if ids.shape != shape or ids.dtype != torch.int64:
+            raise ValueError(f"chunks.{name} is {ids.dtype} {tuple(ids.shape)}, expected torch.int64 {tuple(shape)}")
+    valid = chunks.valid
+    if valid.dim() != 2 or valid.shape[0] != batch or valid.dtype != torch.bool:
+        raise ValueError(f"chunks.valid is {valid.dtype} {tuple(valid.shape)}, expected torch.bool ({batch}, C)")
+    if chunks.correct is not None and chunks.correct.shape != chunks.valid.shape:
+        raise ValueError(f"chunks.correct has shape {tuple(chunks.correct.shape)}, expected {tuple(chunks.valid.shape)}")
+    slots = chunks.valid.shape[1]
+    for name in ("student", "teacher"):
+        ids = getattr(chunks, name)
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and int(ids.max()) >= slots:
+            raise ValueError(f"chunks.{name} holds id {int(ids.max())}, but there are {slots} chunk slots")
+    if sample_mask is not None and sample_mask.shape != student.shape[:1]:
+        raise ValueError(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({batch},)")
 
 
 def chunk_means(rows: Tensor, ids: Tensor, counts: Tensor) -> Tensor:

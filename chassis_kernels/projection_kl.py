@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
-from chassis_kernels.chunks import Chunks, layout
+from chassis_kernels.chunks import Chunks, check_chunks, layout
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.reference.projection_kl import ProjectionKLStats
@@ -53,8 +53,8 @@ def projection_kl(
 
     Raises ValueError for shapes, dtypes or ids that do not fit. Method: "x-token" distillation, projection of chunk means.
     """
-    _check(student_logits, teacher_logits, projection, chunks, temperature, vocab_topk)
-    _check_masks(student_logits, teacher_logits, projection, sample_mask, column_mask, columns)
+    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask)
+    _check(teacher_logits, projection, temperature, vocab_topk, column_mask, columns)
     if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
         _check_buffer(grad_buffer, student_logits)
         plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
@@ -106,40 +106,11 @@ def _top(teacher: Tensor, keep: Tensor | None, k: int) -> Tensor:
     return torch.ops.chassis.top_columns(teacher, keep, k)
 
 
-def _check(student, teacher, projection, chunks, temperature, vocab_topk) -> None:
-    for name, logits, size in (("student", student, projection.n_student), ("teacher", teacher, projection.n_teacher)):
-        if logits.dim() != 3 or logits.shape[2] < size or size == 0 or logits.dtype not in backends.DTYPE_CODES:
-            raise ValueError(
-                f"{name}_logits are {logits.dtype} {tuple(logits.shape)}, expected floats [B, T, >= {size}], "
-                f"with a projection of {projection.shape}"
-            )
-    batch = student.shape[0]
-    expected = (("student", student.shape[:2]), ("teacher", (batch, teacher.shape[1])))
-    if teacher.shape[0] != batch:
-        raise ValueError(f"student_logits hold {batch} samples and teacher_logits {teacher.shape[0]}")
-    for name, shape in expected:
-        ids = getattr(chunks, name)
-        if ids.shape != shape or ids.dtype != torch.int64:
-            raise ValueError(f"chunks.{name} is {ids.dtype} {tuple(ids.shape)}, expected torch.int64 {tuple(shape)}")
-    valid = chunks.valid
-    if valid.dim() != 2 or valid.shape[0] != batch or valid.dtype != torch.bool:
-        raise ValueError(f"chunks.valid is {valid.dtype} {tuple(valid.shape)}, expected torch.bool ({batch}, C)")
-    if chunks.correct is not None and chunks.correct.shape != chunks.valid.shape:
-        raise ValueError(f"chunks.correct has shape {tuple(chunks.correct.shape)}, expected {tuple(chunks.valid.shape)}")
-    slots = chunks.valid.shape[1]
-    for name in ("student", "teacher"):
-        ids = getattr(chunks, name)
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and int(ids.max()) >= slots:
-            raise ValueError(f"chunks.{name} holds id {int(ids.max())}, but there are {slots} chunk slots")
+def _check(teacher, projection, temperature, vocab_topk, column_mask, columns) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: expected a positive number")
     if vocab_topk < 1:
         raise ValueError(f"vocab_topk is {vocab_topk}: expected at least 1")
-
-
-def _check_masks(student, teacher, projection, sample_mask, column_mask, columns) -> None:
-    if sample_mask is not None and sample_mask.shape != student.shape[:1]:
-        raise ValueError(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({student.shape[0]},)")
     if column_mask is not None and (column_mask.shape != teacher.shape[:2] or column_mask.dtype != torch.bool):
         raise ValueError(
             f"column_mask is {column_mask.dtype} {tuple(column_mask.shape)}, expected torch.bool {tuple(teacher.shape[:2])}"

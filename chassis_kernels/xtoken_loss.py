@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chassis_kernels.chunks import next_token
+from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.projection_kl import projection_kl
 from chassis_kernels.reference import xtoken_loss as reference
 from chassis_kernels.reference.xtoken_loss import TeacherBatch
@@ -52,7 +53,7 @@ def xtoken_loss(
             dist.all_reduce(total, group=group)
         return total
 
-    kernels = reference.EAGER if eager else reference.Kernels(projection_kl, token_kl=token_kl)
+    kernels = reference.EAGER if eager else reference.Kernels(projection_kl, gold_kl, token_kl)
     return reference.compose(student_logits, config, student, teachers, kernels, group_sum)
 
 

@@ -147,7 +147,17 @@ PYBIND11_MODULE(_C, m) {
     chassis::TokenKL args{matrix(student), matrix(teacher), pointer<int64_t>(columns), k, pointer<bool>(keep),
                           temperature, reverse};
     Matrix out = matrix(grad);
-    if (out.data) DISPATCH(token_kl_backward(args, pointer<float>(result), out));
+    if (!grad.is_none()) DISPATCH(token_kl_backward(args, pointer<float>(result), out));
     else DISPATCH(token_kl(args, pointer<float>(result)));
+  });
+  m.def("gold_kl", [](const py::object& student, const py::object& teacher, const py::tuple& pairs, const py::tuple& chunks,
+                      float temperature, int64_t uncommon_topk, bool reverse, uintptr_t common, uintptr_t l1, uintptr_t agree,
+                      const py::object& grad) {
+    auto at = [](const py::tuple& pointers, int i) { return pointer<int64_t>(pointers[i].cast<uintptr_t>()); };
+    chassis::GoldKL args{matrix(student), matrix(teacher), at(pairs, 0), at(pairs, 1), pairs[2].cast<int64_t>(), at(chunks, 0),
+                         at(chunks, 1), chunks[2].cast<int64_t>(), uncommon_topk, temperature, reverse};
+    Matrix out = matrix(grad);
+    if (!grad.is_none()) DISPATCH(gold_kl_backward(args, pointer<float>(common), pointer<float>(l1), out));
+    else DISPATCH(gold_kl(args, {pointer<float>(common), pointer<float>(l1), pointer<bool>(agree)}));
   });
 }

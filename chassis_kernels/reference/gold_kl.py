@@ -5,21 +5,27 @@ With A and B the chunk means of the log-probabilities of student and teacher (bo
     common = Σ_{mapped pairs} exp(B)(B - A)                   (reverse swaps the roles; not renormalised)
     l1     = Σ_i |x_i - y_i|,  x, y the m largest of exp(A[unmapped student]) and exp(B[unmapped teacher]), descending
 
+Backward, with D = dloss/dA (common: -exp(B), reverse exp(A)(1 + A - B); l1: sign(x_i - y_i) x_i at the token of rank i):
+
+    dloss/dz[t, s] = (D[s] - p_t[s] Σ D) / (count + ε) / τ
+
 Method: universal-logit distillation with an exact common part, as in "x-token" distillation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import Chunks, chunk_means, layout
-from chassis_kernels.reference.precision import compute_dtype
-from chassis_kernels.reference.projection_kl import times
+from chassis_kernels.chunks import COUNT_EPS, Chunks, chunk_means, layout
+from chassis_kernels.reference.precision import compute_dtype, without_autocast
+from chassis_kernels.reference.projection_kl import counts, times
 from chassis_kernels.sparse import SparseProjection
 
 
-def gold_kl(
+def loss(
     student_logits: Tensor,  # [B, T_s, V_s]
     teacher_logits: Tensor,  # [B, T_t, >= V_t]
     projection: SparseProjection,
@@ -32,42 +38,111 @@ def gold_kl(
     exact_only: bool = False,
     sample_mask: Tensor | None = None,  # [B]
     denominator: Tensor | float | None = None,
+    op: Callable | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """τ² (Σ common + Σ l1) / D over the chunks that count, and {kl_common, l1_uncommon, proj_accuracy, num_valid_chunks}.
-
-    D is `denominator`, or the number of chunks that count, at least 1.
-    """
+    """`chassis_kernels.gold_kl` with `op` as its kernel: the eager one below unless named."""
     dtype = compute_dtype(student_logits, teacher_logits)
     plan = layout(chunks, sample_mask, exact_only, dtype)
     counted = plan.counted
-    denominator = counted.sum() if denominator is None else denominator
-    denominator = torch.as_tensor(denominator, dtype=dtype, device=student_logits.device).clamp_min(1)
-    teacher_logits = teacher_logits[..., : projection.n_teacher]
-    A = _means(student_logits, plan.student, plan.student_count, counted, dtype, temperature)
-    B = _means(teacher_logits, plan.teacher, plan.teacher_count, counted, dtype, temperature)
-    students, teachers = projection.exact_map(relaxed=relaxed)
-    a, b = A[:, students], B[:, teachers]
-    common = (times(a.exp(), a - b) if reverse else times(b.exp(), b - a)).sum() / denominator
-    rest_a, rest_b = _without(A, students), _without(B, teachers)
-    m = min(rest_a.shape[1], rest_b.shape[1], uncommon_topk)
-    l1 = (rest_a.topk(m, 1).values.exp() - rest_b.topk(m, 1).values.exp()).abs().sum() / denominator
-    agree = (a.argmax(1) == b.argmax(1)).to(dtype).sum() if a.numel() else a.new_zeros(())
     number = counted.sum()
+    denominator = torch.as_tensor(number if denominator is None else denominator, dtype=dtype, device=counted.device)
+    student = student_logits.flatten(0, 1)
+    teacher = teacher_logits.detach()[..., : projection.n_teacher].flatten(0, 1)
+    ids = (_kept(rows, counted) for rows in (plan.student, plan.teacher))
+    pairs = projection.exact_map(relaxed=relaxed)
+    options = len(counted), float(temperature), uncommon_topk, reverse
+    common, l1, agree = (op or gold_kl)(student, teacher, *pairs, *ids, *options)[:3]
+    common, l1 = (part.sum() / denominator.clamp_min(1) for part in (common, l1))
     metrics = {
         "kl_common": common.detach(),
         "l1_uncommon": l1.detach(),
-        "proj_accuracy": agree / number.clamp_min(1),
+        "proj_accuracy": agree.to(dtype).sum() / number.clamp_min(1),
         "num_valid_chunks": number,
     }
     return temperature**2 * (common + l1), metrics
 
 
-def _means(logits: Tensor, ids: Tensor, counts: Tensor, counted: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    log_p = torch.log_softmax(logits.flatten(0, 1).to(dtype) / temperature, 1)
-    return chunk_means(log_p, ids, counts)[counted]
+@without_autocast
+def gold_kl(
+    student: Tensor,  # [N_s, V_s]
+    teacher: Tensor,  # [N_t, V_t]
+    students: Tensor,  # [n] int64, paired with
+    teachers: Tensor,  # [n] int64; no id twice in either
+    student_chunk: Tensor,  # [N_s] int64, -1: none
+    teacher_chunk: Tensor,  # [N_t] int64
+    chunks: int,  # M
+    temperature: float,
+    uncommon_topk: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """common [M] and l1 [M], 0 for a chunk without rows on either side, and agree [M] bool: both sides' likeliest of the
+    mapped tokens are a pair."""
+    A, B, paired = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    a, b = A[:, students], B[:, teachers]
+    common = (times(a.exp(), a - b) if reverse else times(b.exp(), b - a)).sum(1)
+    x, y = _uncommon(A, students), _uncommon(B, teachers)
+    m = min(x.shape[1], y.shape[1], uncommon_topk)
+    l1 = (x.topk(m, 1).values.exp() - y.topk(m, 1).values.exp()).abs().sum(1)
+    agree = paired & (a.argmax(1) == b.argmax(1)) if len(students) else torch.zeros_like(paired)
+    return torch.where(paired, common, 0.0), torch.where(paired, l1, 0.0), agree
 
 
-def _without(values: Tensor, columns: Tensor) -> Tensor:
-    kept = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+@without_autocast
+def gold_kl_backward(
+    grad_common: Tensor,  # [M]
+    grad_l1: Tensor,  # [M]
+    student: Tensor,
+    teacher: Tensor,
+    students: Tensor,
+    teachers: Tensor,
+    student_chunk: Tensor,
+    teacher_chunk: Tensor,
+    chunks: int,
+    temperature: float,
+    uncommon_topk: int,
+    reverse: bool,
+) -> Tensor:
+    """The gradient with respect to the student logits, in their dtype: the closed form above."""
+    A, B, paired = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    a, b = A[:, students], B[:, teachers]
+    D = torch.zeros_like(A)
+    slope = times(a.exp(), 1 + a - b) if reverse else -b.exp()
+    D[:, students] = slope * grad_common.to(A.dtype)[:, None]
+    rest = _others(A.shape[1], students)
+    x, y = A[:, rest], _uncommon(B, teachers)
+    m = min(x.shape[1], y.shape[1], uncommon_topk)
+    top = x.topk(m, 1)
+    x, y = top.values.exp(), y.topk(m, 1).values.exp()
+    D.scatter_(1, rest[top.indices], (x - y).sign() * x * grad_l1.to(A.dtype)[:, None])
+    D = torch.where(paired[:, None], D, 0.0) / (counts(student_chunk, chunks).to(A.dtype) + COUNT_EPS)[:, None]
+    out = torch.zeros_like(student)
+    kept = (student_chunk >= 0).nonzero()[:, 0]
+    p, D = torch.softmax(student[kept].to(A.dtype) / temperature, 1), D[student_chunk[kept]]
+    out[kept] = ((D - p * D.sum(1, keepdim=True)) / temperature).to(out.dtype)
+    return out
+
+
+def _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk means of the log-probabilities, [M, V_s] and [M, V_t], and which chunks have rows on both sides."""
+    dtype, means, paired = compute_dtype(student, teacher), [], True
+    for logits, ids in ((student, student_chunk), (teacher, teacher_chunk)):
+        n = counts(ids, chunks)
+        means.append(chunk_means(torch.log_softmax(logits.to(dtype) / temperature, 1), ids, n))
+        paired = paired & (n > 0)
+    return *means, paired
+
+
+def _kept(ids: Tensor, counted: Tensor) -> Tensor:
+    if len(counted) == 0:
+        return ids
+    return torch.where((ids >= 0) & counted[ids.clamp_min(0)], ids, -1)
+
+
+def _others(width: int, columns: Tensor) -> Tensor:
+    kept = torch.ones(width, dtype=torch.bool, device=columns.device)
     kept[columns] = False
-    return values[:, kept]
+    return kept.nonzero()[:, 0]
+
+
+def _uncommon(values: Tensor, columns: Tensor) -> Tensor:
+    return values[:, _others(values.shape[1], columns)]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.chunks import Chunks, layout
-from chassis_kernels.reference import projection_kl, token_kl
-from chassis_kernels.reference.gold_kl import gold_kl
+from chassis_kernels.reference import gold_kl, projection_kl, token_kl
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.xtoken_config import XTokenConfig
@@ -28,7 +27,7 @@ class Kernels(NamedTuple):
     """What runs the parts; each takes the arguments of its namesake in chassis_kernels."""
 
     projection_kl: Callable
-    gold_kl: Callable = gold_kl
+    gold_kl: Callable = gold_kl.loss
     token_kl: Callable = token_kl.loss
 
 
@@ -87,7 +86,7 @@ def compose(
     group_sum: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> tuple[Tensor, Metrics]:
     """Loss [] and detached metrics. `group_sum` adds a tensor over all ranks; every rank must make every call."""
-    if not config.compat:
+    if not config.compat and logits.shape[-1] > config.student_vocab_size:
         logits = logits[..., : config.student_vocab_size]
     step = Step(config, student._replace(logits=logits), teachers, group_sum, kernels)
     kd, metrics = _mode(step)

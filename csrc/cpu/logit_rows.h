@@ -1,6 +1,8 @@
-// What kernels over rows of logits share: scratch rows, sums, stores that bypass the caches, large pages.
+// What kernels over rows of logits share: scratch rows, sums, stores that bypass the caches, large pages, chunks.
 #pragma once
 #include <cfloat>
+#include <numeric>
+#include <vector>
 
 #include "cpu/tensor.h"
 #if defined(__linux__)
@@ -75,6 +77,22 @@ inline void prefer_large_pages(const Matrix& m) {
   if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
 }
+
+// The rows of each chunk: rows(c) = order[first[c]] .. order[first[c + 1]].
+struct Members {
+  std::vector<int64_t> first, order;
+  Members(const int64_t* ids, int64_t n, int64_t chunks) : first(chunks + 1, 0) {
+    for (int64_t i = 0; i < n; ++i)
+      if (ids[i] >= 0) ++first[ids[i] + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    order.resize(first[chunks]);
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < n; ++i)
+      if (ids[i] >= 0) order[next[ids[i]]++] = i;
+  }
+  int64_t count(int64_t c) const { return first[c + 1] - first[c]; }
+  int64_t row(int64_t c, int64_t i) const { return order[first[c] + i]; }
+};
 
 }  // namespace CHASSIS_ISA
 }  // namespace chassis

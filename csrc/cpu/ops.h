@@ -68,6 +68,21 @@ struct TokenKL {
   bool reverse;
 };
 
+// student [N_s, V_s] and teacher [N_t, V_t] logits, the mapped tokens (one to one), and the chunk of every row (-1: none).
+struct GoldKL {
+  Matrix student, teacher;
+  const int64_t *students, *teachers;
+  int64_t pairs;
+  const int64_t *student_chunk, *teacher_chunk;
+  int64_t chunks, uncommon_topk;
+  float temperature;
+  bool reverse;
+};
+struct GoldKLResult {
+  float *common, *l1;
+  bool* agree;
+};
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
@@ -81,7 +96,9 @@ struct TokenKL {
   void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
   void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
   void token_kl(const TokenKL& args, float* kl);                                                                 \
-  void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);
+  void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);                          \
+  void gold_kl(const GoldKL& args, const GoldKLResult& out);                                                     \
+  void gold_kl_backward(const GoldKL& args, const float* weight_common, const float* weight_l1, const Matrix& grad);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }

@@ -60,22 +60,6 @@ inline int64_t argmax(const float* x, int64_t n) {
   return where[lane];
 }
 
-// The rows of each chunk: rows(c) = order[first[c]] .. order[first[c + 1]].
-struct Members {
-  std::vector<int64_t> first, order;
-  Members(const int64_t* ids, int64_t n, int64_t chunks) : first(chunks + 1, 0) {
-    for (int64_t i = 0; i < n; ++i)
-      if (ids[i] >= 0) ++first[ids[i] + 1];
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    order.resize(first[chunks]);
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t i = 0; i < n; ++i)
-      if (ids[i] >= 0) order[next[ids[i]]++] = i;
-  }
-  int64_t count(int64_t c) const { return first[c + 1] - first[c]; }
-  int64_t row(int64_t c, int64_t i) const { return order[first[c] + i]; }
-};
-
 struct Edge { int32_t row, position; float weight; };
 
 // M[:, J] by row, within a row by position.

@@ -1,0 +1,189 @@
+"""gold_kl: every backend against float64 autograd through the eager definition."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chassis_kernels import backends
+from chassis_kernels.chunks import Chunks
+from chassis_kernels.gold_kl import gold_kl
+from chassis_kernels.reference import gold_kl as reference
+from chassis_kernels.sparse import SparseProjection
+
+HAVE = [b for b in ("reference", "cpu") if not backends.why_not("gold_kl", b, "cpu")]
+HALF = (torch.bfloat16, torch.float16)
+BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(params=HAVE)
+def backend(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+def problem(b=2, t_s=9, t_t=11, v_s=37, v_t=29, c=5, mapped=0.5, seed=0, dtype=torch.float32, scale=3.0):
+    """Logits, a projection whose rows are exact with probability `mapped`, else spread, and chunks."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, v_t, (v_s, 2), generator=g)
+    first = 0.5 + 0.5 * torch.rand(v_s, generator=g)
+    exact = torch.rand(v_s, generator=g) < mapped
+    ids[exact, 1] = -1
+    weights = torch.stack([torch.where(exact, 1.0, first), torch.where(exact, 0.0, 1 - first)], 1)
+    chunks = Chunks(
+        torch.randint(-1, c, (b, t_s), generator=g),
+        torch.randint(-1, c, (b, t_t), generator=g),
+        torch.rand(b, c, generator=g) < 0.8,
+        torch.rand(b, c, generator=g) < 0.7,
+    )
+    student = (scale * torch.randn(b, t_s, v_s, generator=g)).to(dtype)
+    teacher = (scale * torch.randn(b, t_t, v_t, generator=g)).to(dtype)
+    return student, teacher, SparseProjection(ids, weights, v_t), chunks
+
+
+def run(function, student, teacher, *rest, **options):
+    leaf = student.detach().requires_grad_()
+    loss, metrics = function(leaf, teacher, *rest, **options)
+    return loss.detach(), metrics, torch.autograd.grad(loss, leaf)[0]
+
+
+def check(student, teacher, *rest, **options):
+    """At most twice the error of the eager expression in the input dtype."""
+    loss, metrics, grad = run(gold_kl, student, teacher, *rest, **options)
+    right_loss, right_metrics, right = run(reference.loss, student.double(), teacher.double(), *rest, **options)
+    _, _, eager = run(reference.loss, student.float(), teacher.float(), *rest, **options)
+    unit = right.norm() + 1e-30
+    assert grad.dtype == student.dtype and loss.dtype == torch.float32
+    eager_error = (eager.to(student.dtype).double() - right).norm() / unit
+    assert (grad.double() - right).norm() / unit <= 2 * eager_error + 1e-6
+    assert abs(loss - right_loss) <= 4e-6 * (1 + abs(right_loss))
+    for name in ("kl_common", "l1_uncommon"):
+        torch.testing.assert_close(metrics[name].double(), right_metrics[name], rtol=1e-5, atol=1e-6)
+    assert metrics["num_valid_chunks"] == right_metrics["num_valid_chunks"]
+    return loss, grad
+
+
+@pytest.mark.parametrize("name", HAVE)
+@given(
+    b=st.integers(1, 3),
+    t=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    v=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    c=st.integers(1, 6),
+    mapped=st.sampled_from([0.0, 0.5, 1.0]),
+    topk=st.integers(0, 130),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    reverse=st.booleans(),
+    relaxed=st.booleans(),
+    exact=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@BUDGET
+def test_value_and_gradient(name, b, t, v, c, mapped, topk, temperature, reverse, relaxed, exact, seed):
+    options = {"uncommon_topk": topk, "reverse": reverse, "relaxed": relaxed, "exact_only": exact}
+    with backends.use_backend(name):
+        check(*problem(b, *t, *v, c, mapped, seed), temperature=temperature, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_wide_vocabularies(reverse, backend):
+    check(*problem(1, 40, 45, 3000, 5001, 30), uncommon_topk=700, reverse=reverse)
+    check(*problem(2, 20, 20, 5000, 2500, 3), reverse=reverse, relaxed=True, temperature=1.5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision(dtype, backend):
+    """Equal logits tie among the uncommon tokens and leave their order open; the value does not depend on it."""
+    student, teacher, *rest = problem(2, 20, 20, 300, 250, 9, dtype=dtype)
+    loss, metrics, grad = run(gold_kl, student, teacher, *rest, uncommon_topk=0)
+    right_loss, _, right = run(reference.loss, student.double(), teacher.double(), *rest, uncommon_topk=0)
+    assert (grad.double() - right).norm() <= 2 * torch.finfo(dtype).eps * right.norm()
+    loss, _, grad = run(gold_kl, student, teacher, *rest)
+    right_loss, *_ = run(reference.loss, student.double(), teacher.double(), *rest)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), right_loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradcheck(reverse):
+    student, *rest = problem(2, 5, 6, 9, 8, 4, scale=1.0, dtype=torch.float64)
+    options = {"temperature": 1.5, "reverse": reverse, "uncommon_topk": 3}
+    assert torch.autograd.gradcheck(lambda z: gold_kl(z, *rest, **options)[0], student.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["gold_kl", "gold_kl_backward"])
+def test_opcheck(name, backend):
+    arguments = backends.OPS[name].example("cpu")
+    if name == "gold_kl":
+        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    torch.library.opcheck(getattr(torch.ops.chassis, name).default, arguments)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_large_offsets(offset, backend):
+    student, teacher, *rest = problem()
+    check(student + offset, teacher + offset, *rest)
+
+
+def test_minus_infinity(backend):
+    student, teacher, *rest = problem()
+    teacher[..., ::3] = -torch.inf
+    loss, _, grad = run(gold_kl, student, teacher, *rest)
+    right_loss, _, right = run(reference.loss, student.double(), teacher.double().clamp_min(-1e4), *rest)
+    torch.testing.assert_close(loss.double(), right_loss, rtol=1e-5, atol=0)
+    assert (grad.double() - right).norm() <= 1e-5 * right.norm()
+
+
+def test_upstream_and_second_backward(backend):
+    student, *rest = problem()
+    leaf = student.requires_grad_()
+    loss, _ = gold_kl(leaf, *rest)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, leaf, retain_graph=True)[0])
+    through = torch.autograd.grad((loss / 8).exp(), leaf)[0]
+    torch.testing.assert_close(through, (loss.detach() / 8).exp() / 8 * first, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("empty", [{"b": 0}, {"t_s": 0}, {"t_t": 0}], ids=str)
+def test_nothing_to_compare(empty, backend):
+    loss, metrics, grad = run(gold_kl, *problem(**empty))
+    assert loss == 0 and metrics["num_valid_chunks"] == 0 and not grad.any()
+
+
+def test_masked_samples_do_not_count(backend):
+    student, *rest = problem()
+    loss, metrics, grad = run(gold_kl, student, *rest, sample_mask=torch.tensor([0.0, 1.0]))
+    assert loss != 0 and not grad[0].any() and grad[1].any()
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set(isa):
+    code = """
+from test_gold_kl import check, problem
+from chassis_kernels import backends
+with backends.use_backend("cpu"):
+    for reverse in (False, True):
+        check(*problem(2, 20, 20, 1333, 777, 9), reverse=reverse, temperature=2.0, uncommon_topk=300)
+"""
+    environment = {**os.environ, "CHASSIS_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if "not available on this processor" in done.stderr:
+        pytest.skip(f"no {isa} here")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_does_not_fit_is_refused():
+    student, teacher, projection, chunks = problem()
+    for arguments, options, message in (
+        ((student[..., :36], teacher, projection, chunks), {}, "36 columns, expected the projection's 37"),
+        ((student, teacher[..., :28], projection, chunks), {}, ">= 29"),
+        ((student[:, 1:], teacher, projection, chunks), {}, "chunks.student is"),
+        ((student, teacher, projection, chunks), {"temperature": 0.0}, "temperature is 0"),
+        ((student, teacher, projection, chunks), {"uncommon_topk": -1}, "uncommon_topk is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gold_kl(*arguments, **options)
