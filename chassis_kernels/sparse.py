@@ -111,6 +111,15 @@ class SparseProjection:
         A row's pair is its heaviest entry: strict, of weight exactly 1 with nothing stored second; relaxed, of weight at
         least 0.6. Where several rows claim a teacher token the lowest student id gets it; relaxed, the heaviest first.
         """
+        if relaxed not in self._maps:
+            self._maps[relaxed] = self._map(relaxed)
+        return self._maps[relaxed]
+
+    @functools.cached_property
+    def _maps(self) -> dict[bool, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _map(self, relaxed: bool) -> tuple[Tensor, Tensor]:
         if self.indices.numel() == 0:
             return self.indices.new_empty(0), self.indices.new_empty(0)
         weight, place = torch.where(self.indices >= 0, self.weights, -1.0).max(1)

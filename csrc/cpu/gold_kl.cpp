@@ -19,22 +19,34 @@ constexpr float kEps = 1e-10f;
 
 struct Ranked { uint32_t key; int32_t id; };  // key: the bits of a float in [0, 1]
 
-// The m largest keys of `all`, descending, equal keys by place, into `out`; `spare` has room for all.
-void largest(const std::vector<Ranked>& all, int64_t m, std::vector<Ranked>& out, std::vector<Ranked>& spare) {
-  uint32_t count[2049] = {};
-  for (const Ranked& r : all) ++count[r.key >> 20];
-  int64_t first = 2047, seen = count[2047];
-  while (first > 0 && seen < m) seen += count[--first];
-  out.clear();
-  for (const Ranked& r : all)
-    if (int64_t(r.key >> 20) >= first) out.push_back(r);
-  spare.resize(out.size());
-  for (int shift = 0; shift < 33; shift += 11) {
-    uint32_t place[2049] = {};
-    for (const Ranked& r : out) ++place[2048 - (r.key >> shift & 2047)];
-    for (int i = 1; i <= 2048; ++i) place[i] += place[i - 1];
-    for (const Ranked& r : out) spare[place[2047 - (r.key >> shift & 2047)]++] = r;
+// The m largest of e[others[i]], descending, equal ones by place, into `out`.
+void largest(const float* e, const std::vector<int32_t>& others, int64_t m, std::vector<Ranked>& out,
+             std::vector<Ranked>& spare) {
+  auto key = [&](int32_t id) {
+    uint32_t bits;
+    std::memcpy(&bits, e + id, 4);
+    return bits & 0x7fffffff;
+  };
+  uint32_t leading[2048] = {}, place[3][2049] = {};
+  for (int32_t id : others) ++leading[key(id) >> 20];
+  int64_t first = 2047, kept = leading[2047];
+  while (first > 0 && kept < m) kept += leading[--first];
+  out.resize(kept + 1);
+  spare.resize(kept);
+  const uint32_t least = uint32_t(first) << 20;
+  kept = 0;
+  for (int32_t id : others) {  // without a branch: the slot after the last is overwritten
+    out[kept] = {key(id), id};
+    kept += out[kept].key >= least;
+  }
+  out.resize(kept);
+  for (const Ranked& r : out)
+    for (int digit = 0; digit < 3; ++digit) ++place[digit][2048 - (r.key >> 11 * digit & 2047)];
+  for (int digit = 0; digit < 3; ++digit) {
+    std::partial_sum(place[digit], place[digit] + 2049, place[digit]);
+    for (const Ranked& r : out) spare[place[digit][2047 - (r.key >> 11 * digit & 2047)]++] = r;
     out.swap(spare);
+    spare.resize(kept);
   }
   out.resize(m);
 }
@@ -46,7 +58,7 @@ struct Side {
   Scratch scratch;
   float *mean, *e;
   std::vector<int32_t> others;  // tokens without a partner
-  std::vector<Ranked> candidates, top, spare;
+  std::vector<Ranked> top, spare;
 
   Side(const Matrix& logits, float inverse, const int64_t* pairs, int64_t n)
       : logits(logits), inverse(inverse), scratch(2, logits.cols), mean(scratch.row(0)), e(scratch.row(1)) {
@@ -85,13 +97,7 @@ struct Side {
   }
 
   const std::vector<Ranked>& rank(int64_t m) {
-    candidates.clear();
-    for (int32_t id : others) {
-      uint32_t bits;
-      std::memcpy(&bits, e + id, 4);
-      candidates.push_back({bits & 0x7fffffff, id});
-    }
-    largest(candidates, m, top, spare);
+    largest(e, others, m, top, spare);
     return top;
   }
 };
