@@ -222,9 +222,6 @@ def _windows(base: Base, documents: Mapping[str, Sequence[Document]], options: F
             "of their own; give more documents, or name them with --validation and --test"
         )
     windows = {split: make_windows(documents[split], base.tokenizer, length=options.window) for split in SPLITS}
-    # Sorted by hash: a random order that does not depend on how the documents were listed, and so neither does a rounding.
-    for split in SPLITS:
-        windows[split].sort(key=lambda window: window.key)
     windows["fit"] = windows["fit"][: options.max_windows]
     windows["test"] = windows["test"][: options.max_test_windows]
     for split in SPLITS[1:]:

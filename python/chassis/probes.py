@@ -64,8 +64,8 @@ class Rows:
 def make_windows(documents: Iterable[Document], tokenizer, *, length: int = 128, minimum: int = 2) -> list[Window]:
     """Tokenize documents with `tokenizer` and cut them into windows of at most `length` tokens.
 
-    Windows shorter than `minimum` tokens and exact repeats of a window are left out. Raises ChassisError when no
-    window is left.
+    Windows shorter than `minimum` tokens and exact repeats of a window are left out. They come in order of their hashes:
+    a random order that does not depend on how the documents were listed. Raises ChassisError when no window is left.
     """
     if length < 2:
         raise ChassisError(f"window length {length}: expected at least 2 tokens")
@@ -85,7 +85,7 @@ def make_windows(documents: Iterable[Document], tokenizer, *, length: int = 128,
                 result.append(window)
     if not result:
         raise ChassisError(f"{n_documents} documents gave no window of {minimum} tokens or more: give more text")
-    return result
+    return sorted(result, key=lambda window: window.key)
 
 
 def check_disjoint(fit: Sequence[Window], evaluation: Sequence[Window]) -> None:

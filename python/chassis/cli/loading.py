@@ -81,7 +81,7 @@ def adapter_and_base(folder: Path, base: str | None, dtype: str | None, device: 
 
 
 def prompts(tokenizer, windows: Sequence, count: int = 3, length: int = 16) -> list[str]:
-    """How some of the held-out documents begin."""
+    """Openings of windows of some held-out documents."""
     first = {window.document: window for window in reversed(windows) if len(window.ids) > length}
     texts = [tokenizer.decode(window.ids[:length], skip_special_tokens=True) for window in first.values()]
     texts = [text for text in texts if text.strip()]

@@ -37,8 +37,8 @@ def evaluate(
     fitted, loaded = loading.adapter_and_base(adapter, base, dtype, device)
     teacher = loading.load_expert(expert, loaded, dtype, device)
     windows = make_windows(documents, loaded.tokenizer, length=window)
-    windows = windows[: max_tokens and max(1, max_tokens // window)]
     check_not_fitted(adapter, windows)
+    windows = windows[: max_tokens and max(1, max_tokens // window)]
     probe = Probe(loaded.model, teacher, (), fitted.config.positions, batch_size)
     with terminal.progress() as report:
         scores = evaluation.evaluate(
