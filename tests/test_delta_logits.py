@@ -387,7 +387,7 @@ def test_float64_runs_in_float64_and_an_override_says_so():
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_passes(isa):
     if backends._C.isa() == isa or (isa == "avx2" and backends._C.isa() == "portable"):
-        pytest.skip("this session ran it, or this processor cannot")
+        pytest.skip("this run covers it, or this processor cannot")
     claims = "(matches_float64 or twice_that or repeated or keep_their_bits) and not reference"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", claims, __file__],
