@@ -55,7 +55,8 @@ def test_truncating_the_full_adapter_is_fitting_the_smaller_rank(setting):
     base, expert, windows = setting
     closed = closed_form(statistics_of(base, expert, windows)[0])
     cut, direct = closed.adapter(32).truncate(5), closed.adapter(5)
-    assert torch.equal(cut.U, direct.U) and torch.equal(cut.V, direct.V)
+    assert torch.equal(cut.U, direct.U)
+    torch.testing.assert_close(cut.V, direct.V)  # a product of 5 rows rounds otherwise than one of 32
 
 
 def test_fisher_is_the_softmax_metric():
@@ -96,22 +97,25 @@ def test_logit_bias_expert_is_recovered_by_the_bias_alone(setting, tiny_tokenize
     assert mean_kl(closed_form(statistics, 1e-9).adapter(1), base.readout, expert.readout, batches) < 1e-6
 
 
-def test_callable_expert_equals_the_model_it_wraps(setting):
-    base, expert, windows = setting
-    model = expert.model
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
+def test_callable_expert_equals_the_model_it_wraps(tiny_lm, tiny_tokenizer, architecture):
+    """Ridge shrinks the wrapped expert's logits only, of the direct one the base's too: 1e-6 of tr(S)/D moves little."""
+    base, expert = pair(tiny_lm, tiny_tokenizer, architecture)
+    windows = make_windows(documents(30), tiny_tokenizer, length=48)
 
     def logits(ids, mask):
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        return expert.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
 
     wrapped = CallableExpert(logits, base.head.vocab_size)
     direct, batches = statistics_of(base, expert, windows)
-    tiled, _ = statistics_of(base, wrapped, windows)
+    tiled, same = statistics_of(base, wrapped, windows)
     a, b = closed_form(direct, 1e-6).adapter(8), closed_form(tiled, 1e-6).adapter(8)
     rows = batches[0].final
     da, db = (d.u @ d.v + d.c for d in (delta_of(a, rows), delta_of(b, rows)))
-    # Ridge shrinks the wrapped expert's logits only; the direct one's and the base's alike. 1e-6 of tr(S)/D moves little.
     assert (da - db).norm() < 1e-2 * da.norm()
+    kls = [mean_kl(a, base.readout, e.readout, rows) for e, rows in ((expert, batches), (wrapped, same))]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-3)
 
 
 def test_logit_bias_strings_must_be_single_tokens(setting, tiny_tokenizer):

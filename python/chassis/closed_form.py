@@ -22,9 +22,9 @@ from chassis.adapter import Adapter
 from chassis.errors import ChassisError
 from chassis.experts import same_unembedding
 from chassis.statistics import Statistics
-from chassis_kernels import ridge
+from chassis_kernels import Moments, ridge
 
-TILE = 2048  # rows of an unembedding taken to fp64 at a time
+TILE = 2048  # rows of an unembedding copied at a time
 
 
 @dataclass
@@ -61,8 +61,11 @@ class ClosedForm:
         return adapter
 
     def _logits(self, right: torch.Tensor) -> torch.Tensor:
-        parts = right.split([part.shape[1] for part in self.joint], 1)
-        return sum((r.to(part.dtype) @ part.T).double() for r, part in zip(parts, self.joint, strict=True))
+        """`right` R^T [r, V], in tiles of the vocabulary: a head in bf16 is never copied whole."""
+        parts = list(zip(right.float().split([part.shape[1] for part in self.joint], 1), self.joint, strict=True))
+        starts = range(0, len(self.joint[0]), TILE)
+        tiles = (sum(r @ part[start : start + TILE].float().T for r, part in parts) for start in starts)
+        return torch.cat(list(tiles), 1).double()
 
     def _choose(self, v: torch.Tensor, bias: torch.Tensor, columns: int) -> torch.Tensor:
         """Columns by expected squared change x probability; in whitened coordinates the directions have unit variance."""
@@ -82,7 +85,7 @@ def closed_form(statistics: Statistics, alpha: float = 1e-4) -> ClosedForm:
     Raises ChassisError when the two models cap their logits differently.
     """
     moments, base, expert = statistics.final, statistics.base, statistics.expert
-    if base.softcap != expert.softcap:
+    if expert.weight is not None and base.softcap != expert.softcap:
         raise ChassisError(
             f"the base caps its logits at {base.softcap} and the expert at {expert.softcap}: the change is not linear in "
             "the expert's hidden state; wrap the expert in CallableExpert to fit on its logits"
@@ -121,15 +124,12 @@ def change_factor(statistics: Statistics, lens: torch.Tensor) -> tuple[torch.Ten
 
 
 def fisher(joint: tuple[torch.Tensor, ...], mean_p: torch.Tensor) -> torch.Tensor:
-    """R^T (diag(p̄) - p̄ p̄^T) R [M, M] fp64, in tiles of the vocabulary."""
-    width = sum(part.shape[1] for part in joint)
-    total, mean = mean_p.new_zeros(width, width), mean_p.new_zeros(width)
+    """R^T (diag(p̄) - p̄ p̄^T) R [M, M] fp64: the covariance of R's rows when tokens are drawn from p̄."""
+    moments = Moments(sum(part.shape[1] for part in joint), device=mean_p.device)
     for start in range(0, len(mean_p), TILE):
-        tile = torch.cat([part[start : start + TILE].double() for part in joint], 1)
-        weighted = tile * mean_p[start : start + TILE, None]
-        total += weighted.T @ tile
-        mean += weighted.sum(0)
-    return total - torch.outer(mean, mean)
+        tile = torch.cat([part[start : start + TILE] for part in joint], 1)
+        moments.update(tile, weight=mean_p[start : start + TILE])
+    return moments.covariance
 
 
 def mean_change(statistics: Statistics) -> torch.Tensor:

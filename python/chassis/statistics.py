@@ -34,9 +34,10 @@ class Statistics:
 
     def update(self, rows: Rows) -> None:
         """Add one batch of rows."""
-        self.final.update(rows.final, rows.expert)
+        target = rows.expert if self.expert.weight is not None else before_cap(rows.expert, self.base.softcap)
+        self.final.update(rows.final, target)
         for layer, moments in self.layers.items():
-            moments.update(rows.layers[layer], rows.expert)
+            moments.update(rows.layers[layer], target)
         offset = -self.n_rows % self.fisher_stride
         self.n_rows += len(rows.final)
         sample = rows.expert[offset :: self.fisher_stride]
@@ -76,3 +77,14 @@ class Statistics:
         yield "final", self.final
         for layer, moments in self.layers.items():
             yield f"layer{layer}", moments
+
+
+def before_cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """What a head that caps at `softcap` must put out before the cap to give these logits; beyond the cap, the nearest.
+
+    A change of logits is added before the cap, so that this is the target where the expert gives logits themselves.
+    """
+    if softcap is None:
+        return logits
+    limit = 1 - 1e-4  # nearer to the cap its inverse only amplifies rounding
+    return softcap * torch.atanh((logits.float() / softcap).clamp(-limit, limit))
