@@ -47,7 +47,7 @@ def layout(chunks: Chunks, sample_mask: Tensor | None, exact_only: bool, dtype: 
     weight = paired.to(dtype)
     if sample_mask is not None:
         weight = (weight.view(chunks.valid.shape) * sample_mask.to(dtype)[:, None]).flatten()
-    return Layout(_only(student, paired), _only(teacher, paired), n_student, n_teacher, paired, weight)
+    return Layout(only(student, paired), only(teacher, paired), n_student, n_teacher, paired, weight)
 
 
 def check_chunks(
@@ -107,7 +107,8 @@ def _count(ids: Tensor, chunks: int) -> Tensor:
     return counts.index_add(0, ids + 1, torch.ones_like(ids))[1:]
 
 
-def _only(ids: Tensor, kept: Tensor) -> Tensor:
+def only(ids: Tensor, kept: Tensor) -> Tensor:
+    """The ids [N] of chunks that are kept [M] bool; -1 for the others."""
     if len(kept) == 0:
         return torch.full_like(ids, -1)
     return torch.where((ids >= 0) & kept[ids.clamp_min(0)], ids, -1)

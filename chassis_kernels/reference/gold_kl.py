@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import COUNT_EPS, Chunks, chunk_means, layout
+from chassis_kernels.chunks import COUNT_EPS, Chunks, chunk_means, layout, only
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import counts, times
 from chassis_kernels.sparse import SparseProjection
@@ -48,7 +48,7 @@ def loss(
     denominator = torch.as_tensor(number if denominator is None else denominator, dtype=dtype, device=counted.device)
     student = student_logits.flatten(0, 1)
     teacher = teacher_logits.detach()[..., : projection.n_teacher].flatten(0, 1)
-    ids = (_kept(rows, counted) for rows in (plan.student, plan.teacher))
+    ids = (only(rows, counted) for rows in (plan.student, plan.teacher))
     pairs = projection.exact_map(relaxed=relaxed)
     options = len(counted), float(temperature), uncommon_topk, reverse
     common, l1, agree = (op or gold_kl)(student, teacher, *pairs, *ids, *options)[:3]
@@ -130,12 +130,6 @@ def _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature) 
         means.append(chunk_means(torch.log_softmax(logits.to(dtype) / temperature, 1), ids, n))
         paired = paired & (n > 0)
     return *means, paired
-
-
-def _kept(ids: Tensor, counted: Tensor) -> Tensor:
-    if len(counted) == 0:
-        return ids
-    return torch.where((ids >= 0) & counted[ids.clamp_min(0)], ids, -1)
 
 
 def _others(width: int, columns: Tensor) -> Tensor:

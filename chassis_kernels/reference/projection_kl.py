@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, layout
+from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, layout, only
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import Edges, SparseProjection, slice_columns
 
@@ -104,7 +104,7 @@ def projection_kl(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kl [M], 0 for a chunk without rows on either side; agree [M] bool: r and Q have the same largest column; and per
-    student row max z and 1 / Σ exp((z - max) / τ)."""
+    student row max z and 1 / Σ exp((z - max) / τ), both 0 for a row that is compared with nothing."""
     dtype = compute_dtype(student, teacher)
     n_student, n_teacher = counts(student_chunk, chunks), counts(teacher_chunk, chunks)
     p, row_max, row_scale = softmax(student[:, :width].to(dtype), temperature)
@@ -114,6 +114,7 @@ def projection_kl(
     l = (r + EPS).log()
     kl = (times(l.exp(), l - Q) if reverse else times(Q.exp(), Q - l)).sum(1)
     paired = (n_student > 0) & (n_teacher > 0)
+    row_max, row_scale = (torch.where(only(student_chunk, paired) >= 0, t, 0.0) for t in (row_max, row_scale))
     agree = paired & (r.argmax(1) == Q.argmax(1)) if len(columns) else torch.zeros_like(paired)
     return torch.where(paired, kl, 0.0), agree, row_max, row_scale
 
@@ -141,7 +142,8 @@ def projection_kl_backward(
     n_student, n_teacher = counts(student_chunk, chunks), counts(teacher_chunk, chunks)
     edges = slice_columns(start, rows, weights, columns)
     z = student[:, :width].to(dtype)
-    p = ((z - row_max[:, None].to(dtype)) / temperature).exp() * row_scale[:, None].to(dtype)
+    row_max, row_scale = row_max[:, None].to(dtype), row_scale[:, None].to(dtype)
+    p = torch.where(row_scale == 0, 0.0, ((z - row_max) / temperature).exp() * row_scale)
     a = project(chunk_means(p, student_chunk, n_student), edges, len(columns))
     Q = chunk_means(torch.log_softmax(teacher[:, columns].to(dtype) / temperature, 1), teacher_chunk, n_teacher)
     total = a.sum(1, keepdim=True) + EPS
