@@ -1,6 +1,7 @@
 """The composed distillation loss: published numbers (compat), better defaults, parts against definitions, refusals."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,44 @@ def test_padding_does_not_choose_columns_by_default(tensors):
     assert losses[True, 0.0] != losses[True, 50.0]
 
 
+def part(logits, teachers, rest, rows):
+    """The samples `rows` of a problem."""
+    cut = []
+    for t in teachers:
+        chunks = None if t.chunks is None else Chunks(*(x[rows] for x in t.chunks))
+        own = (None, None) if t.input_ids is None else (t.input_ids[rows], t.token_mask[rows])
+        cut.append(TeacherBatch(t.logits[rows], t.projection, chunks, *own))
+    return logits[rows], cut, {name: x[rows] if x.dim() else x for name, x in rest.items()}
+
+
+def _rank(rank, port):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    tensors = load_file(DATA / "xtoken_loss.safetensors")
+    for number in (0, 12, 22, 71, 72):
+        logits, teachers, config, rest = problem(CASES[number], tensors)
+        whole = logits.clone().requires_grad_()
+        right, _ = xtoken_loss(whole, teachers, config, **rest)
+        right.backward()
+        for shares in (([0, 2], [1]), ([1], [0, 2]), ([0], [1, 2])):
+            mine, its_teachers, its_rest = part(logits, teachers, rest, shares[rank])
+            mine = mine.clone().requires_grad_()
+            loss, _ = xtoken_loss(mine, its_teachers, config, **its_rest, group=torch.distributed.group.WORLD)
+            loss.backward()
+            total = loss.detach().clone()
+            torch.distributed.all_reduce(total)
+            torch.testing.assert_close(total, right.detach(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(mine.grad, whole.grad[shares[rank]], rtol=1e-4, atol=1e-7)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_even_if_one_has_no_valid_chunk():
+    """Sample 1 is masked: a rank that holds it alone has nothing to compare, and must not hang the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port,), nprocs=2)
+
+
 def test_kd_does_not_depend_on_the_micro_batch_split(tensors):
     for name in ("p_kl", "gold", "same_vocab"):
         case = next(c for c in CASES if c["name"] == name and not c["config"]["dynamic_loss_scaling"])
@@ -96,12 +135,9 @@ def test_kd_does_not_depend_on_the_micro_batch_split(tensors):
         n = metrics.get("num_valid_pairs_t0", metrics.get("num_valid_chunks_t0"))
         parts = []
         for b in range(3):
-            t = teachers[0]
-            chunks = None if t.chunks is None else Chunks(*(x[b : b + 1] for x in t.chunks))
-            own = (None, None) if t.input_ids is None else (t.input_ids[b : b + 1], t.token_mask[b : b + 1])
-            part = TeacherBatch(t.logits[b : b + 1], t.projection, chunks, *own, n)
-            mine = {key: x[b : b + 1] if x.dim() else x for key, x in rest.items()}
-            parts.append(xtoken_loss(logits[b : b + 1], [part], config, **mine)[0])
+            mine, (teacher,), its_rest = part(logits, teachers, rest, [b])
+            teacher = teacher._replace(global_valid_chunks=n)
+            parts.append(xtoken_loss(mine, [teacher], config, **its_rest)[0])
         torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
 
 
