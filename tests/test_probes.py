@@ -91,6 +91,8 @@ def test_probe_refuses_bad_settings(models):
             Probe(base.model, expert, **options)
     with pytest.raises(ChassisError, match="gave no window"):
         make_windows([documents(1)[0].__class__("x", "a", "s")], base.tokenizer, minimum=50)
+    with pytest.raises(ChassisError, match="not a fast tokenizer"):
+        make_windows(documents(1), object())
 
 
 def test_repeated_windows_count_once(models):

@@ -69,6 +69,11 @@ def make_windows(documents: Iterable[Document], tokenizer, *, length: int = 128,
     """
     if length < 2:
         raise ChassisError(f"window length {length}: expected at least 2 tokens")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ChassisError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer and cannot say which text a token covers: "
+            "load one with a tokenizer.json (AutoTokenizer converts most models)"
+        )
     result, seen, n_documents = [], set(), 0
     for document in documents:
         n_documents += 1
