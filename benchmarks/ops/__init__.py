@@ -1,0 +1,1 @@
+"""One file per op: its shapes, its providers and what its result costs at least."""

@@ -1,0 +1,112 @@
+"""Pictures of rows: time and memory against each size that varies, a roofline, and ratios to eager as bars."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+LABELS = {"N": "rows N", "T": "positions T", "V": "vocabulary V", "V_s": "student vocabulary V_s", "D": "width D"}
+MARKERS = "osD^vP*X"
+
+
+def plot(rows: list[dict], out: Path) -> list[Path]:
+    """Write `<out's stem>-<op>-<what>.png` beside `out`, and return the paths; only rows that were timed are drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    rows = [row for row in rows if row["status"] == "ok"]
+    written = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        for name in LABELS:
+            written += _against(mine, name, out.with_name(f"{out.stem}-{op}-{name}.png"))
+        written += _ratios(mine, out.with_name(f"{out.stem}-{op}-ratios.png"))
+    return written + (_roofline(rows, out.with_name(f"{out.stem}-roofline.png")) if rows else [])
+
+
+def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
+    """Time and peak memory over the size `name`, for the largest family of float32 rows that differs in it alone."""
+    families = defaultdict(list)
+    for row in rows:
+        if name in row["shape"] and row["dtype"] == "fp32":
+            # T follows D in the moments, as V_t may follow V_s: what is equal in one row is taken to move together
+            same = {key for key, value in row["shape"].items() if value == row["shape"][name]}
+            families[tuple((key, value) for key, value in row["shape"].items() if key not in same)].append(row)
+    best = max(families.values(), key=lambda family: len({row["shape"][name] for row in family}), default=[])
+    if len({row["shape"][name] for row in best}) < 2:
+        return []
+    figure, axes = _axes(2)
+    for provider in dict.fromkeys(row["provider"] for row in best):
+        line = sorted((row for row in best if row["provider"] == provider), key=lambda row: row["shape"][name])
+        sizes = [row["shape"][name] for row in line]
+        (drawn,) = axes[0].plot(sizes, [row["median_ms"] for row in line], marker="o", label=provider)
+        axes[0].fill_between(
+            sizes, [row["p20_ms"] for row in line], [row["p80_ms"] for row in line], color=drawn.get_color(), alpha=0.2, lw=0
+        )
+        axes[1].plot(sizes, [row["peak_bytes"] / 2**20 for row in line], marker="o", label=provider)
+    for axis, what in zip(axes, ("median ms, band p20 to p80", "peak MiB beyond the inputs"), strict=True):
+        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log" if axis is axes[0] else "symlog")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return _save(figure, f"{best[0]['op']}, fp32", path)
+
+
+def _ratios(rows: list[dict], path: Path) -> list[Path]:
+    rows = [row for row in rows if row["ratio_to_eager"] is not None and row["provider"] != "eager"]
+    if not rows:
+        return []
+    figure, (axis,) = _axes(1, height=1.2 + 0.24 * len(rows))
+    for place, row in enumerate(reversed(rows)):
+        ours = row["provider"].startswith("chassis")
+        axis.barh(place, row["ratio_to_eager"], color="tab:blue" if ours else "lightgrey")
+        axis.plot([row["ratio_p20"], row["ratio_p80"]], [place, place], color="black", lw=1)
+    shapes = [f"{row['provider']}  {' '.join(f'{k}={v}' for k, v in row['shape'].items())} {row['dtype']}" for row in rows]
+    axis.set_yticks(range(len(rows)), shapes[::-1], fontsize=7)
+    axis.axvline(1, color="black", lw=0.8, ls=":")
+    axis.set(xlabel="times as fast as eager (line: p20 to p80 over the rounds)")
+    return _save(figure, rows[0]["op"], path)
+
+
+def _roofline(rows: list[dict], path: Path) -> list[Path]:
+    figure, (axis,) = _axes(1, height=4.5)
+    mine = [row for row in rows if row["provider"] in ("chassis", "eager")]
+    ops, xs = list(dict.fromkeys(row["op"] for row in mine)), []
+    for row in mine:
+        ours = row["provider"] == "chassis"
+        xs.append(row["flops"] / row["bytes"])
+        axis.plot(
+            xs[-1],
+            row["flops"] / row["median_ms"] / 1e6,
+            MARKERS[ops.index(row["op"]) % len(MARKERS)],
+            color="tab:blue" if ours else "grey",
+            label=f"{row['op']}, {row['provider']}",
+        )
+    rates = {row["ceiling"]: row["ceiling_rate"] for row in rows}
+    for name, rate in rates.items():
+        if name == "copy":
+            top = max((r for n, r in rates.items() if n != "copy"), default=max(xs, default=1) * rate)
+            axis.plot([min(xs, default=1), top / rate], [min(xs, default=1) * rate / 1e9, top / 1e9], "k:", lw=1)
+        else:
+            axis.axhline(rate / 1e9, color="black", lw=0.8, ls="--")
+            axis.text(min(xs, default=1), rate / 1e9, name, fontsize=7, va="bottom")
+    axis.set(xscale="log", yscale="log", xlabel="useful operations a byte", ylabel="useful GFLOP/s")
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axis.legend(unique.values(), unique.keys(), fontsize=7)
+    return _save(figure, "dashed: measured matrix products; dotted: measured copy", path)
+
+
+def _axes(number: int, height: float = 3.6):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, number, figsize=(9, height), squeeze=False, layout="constrained")
+    return figure, axes[0]
+
+
+def _save(figure, title: str, path: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return [path]

@@ -1,0 +1,120 @@
+"""Check, then time, the ops of chassis_kernels against what one would write without them.
+
+    python benchmarks/run.py --op moments                       a table
+    python benchmarks/run.py --op projection_kl --json          one JSON row a line (measure.FIELDS)
+    python benchmarks/run.py --quick --out results/quick.jsonl --plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of this folder, where files bear libraries' names
+
+import torch  # noqa: E402
+
+from benchmarks.cases import DTYPES, OPS, cases  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
+
+
+def rows_of(
+    ops: tuple[str, ...] = OPS,
+    *,
+    level: str = "default",
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    providers: tuple[str, ...] | None = None,
+    rounds: int | None = None,
+    minutes: float = float("inf"),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[dict]:
+    """The rows of all cases, on the GPU where there is one; no case is begun once `minutes` have passed.
+
+    Raises ValueError for an op or level that is not there.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds = rounds or (3 if level in ("tiny", "quick") else 9)
+    todo = [case for op in ops for case in cases(op, level, dtypes)]
+    started = time.monotonic()
+    for number, case in enumerate(todo):
+        if time.monotonic() - started > 60 * minutes:
+            print(f"{minutes:g} minutes are over: {len(todo) - number} of {len(todo)} cases left out", file=sys.stderr)
+            return
+        yield from measure(case, device=device, rounds=rounds, providers=providers)
+        if progress:
+            progress("bench", number + 1, len(todo))
+
+
+def table(rows: list[dict]):
+    """A rich table of the rows that were timed; the others' reasons below it."""
+    import rich.box
+    from rich.console import Group
+    from rich.table import Table
+
+    made = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("op", "shape", "dtype", "provider"):
+        made.add_column(name)
+    for name in ("median ms", "p20 to p80", "× eager", "peak MiB", "error", "share"):
+        made.add_column(name, justify="right", no_wrap=True)
+    reasons = {}
+    for row in rows:
+        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+        if row["status"] != "ok":
+            reasons.setdefault((row["op"], row["provider"], row["status"], row["reason"]), f"{shape} {row['dtype']}")
+            continue
+        ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
+        figures = f"{row['median_ms']:.3f}", f"{row['p20_ms']:.3f} to {row['p80_ms']:.3f}", ratio
+        rest = f"{row['peak_bytes'] / 2**20:.1f}", f"{row['error']:.1e}", f"{100 * row['share']:.0f} % {row['ceiling']}"
+        made.add_row(row["op"], shape, row["dtype"], row["provider"], *figures, *rest)
+    lines = [f"{op} ({shape}): {provider} {status}, {reason}" for (op, provider, status, reason), shape in reasons.items()]
+    return Group(made, *lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 1 if a provider failed its gate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; by default all")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="by default both")
+    parser.add_argument("--providers", help="names with commas between; eager always runs")
+    parser.add_argument("--rounds", type=int, help="timed rounds: 9, with --quick 3")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this many minutes")
+    parser.add_argument("--json", action="store_true", help="one JSON row a line")
+    parser.add_argument("--out", type=Path, help="also write the rows here, a .jsonl file")
+    parser.add_argument("--plot", action="store_true", help="write PNGs next to --out, or into benchmarks/results")
+    size = parser.add_mutually_exclusive_group()
+    for level, what in (("tiny", "seconds"), ("quick", "a minute"), ("full", "with sweeps"), ("gpu", "sizes for a GPU")):
+        size.add_argument(f"--{level}", dest="level", action="store_const", const=level, default="default", help=what)
+    given = parser.parse_args(arguments)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("")
+    rows, wanted = [], tuple(given.providers.split(",")) if given.providers else None
+    dtypes = tuple(given.dtype or DTYPES)
+    options = {"level": given.level, "dtypes": dtypes, "providers": wanted, "rounds": given.rounds, "minutes": given.minutes}
+    for row in rows_of(tuple(given.op or OPS), **options):
+        rows.append(row)
+        line = json.dumps(row)
+        if given.json:
+            print(line, flush=True)
+        if given.out:
+            with given.out.open("a") as file:
+                file.write(line + "\n")
+    if not given.json:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+    if given.plot:
+        from benchmarks.plots import plot
+
+        for path in plot(rows, given.out or Path(__file__).parent / "results" / "bench.jsonl"):
+            print(f"wrote {path}", file=sys.stderr)
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
