@@ -1,7 +1,11 @@
-"""Small helpers for tests of the fit: documents, a fit on tiny models, a tracker of live tensor memory."""
+"""Helpers of several test files: documents, tiny models, live tensor memory, other instruction sets."""
 
+import os
+import subprocess
+import sys
 import weakref
 
+import pytest
 import torch
 from chassis.experts import ModelExpert
 from chassis.fit import Base
@@ -9,6 +13,8 @@ from chassis.models import inspect_head
 from chassis.text.corpus import Document
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from chassis_kernels import backends
 
 WORDS = "the quick brown fox jumps over lazy dog def return x in class self import for if".split()
 
@@ -44,6 +50,20 @@ def pair(make, tokenizer, architecture: str = "llama", **options) -> tuple[Base,
     model = make(architecture, **options)
     expert = near(model, lambda **o: make(architecture, **options))
     return Base(model, tokenizer, "base"), ModelExpert(expert, inspect_head(expert), "expert")
+
+
+def rerun_on(isa: str, file: str, claims: str) -> None:
+    """Run the tests of `file` that -k `claims` names with the C++ kernels of another instruction set."""
+    ours = backends.cpu_isa()
+    if ours == isa or (isa == "avx2" and ours == "portable"):
+        pytest.skip("this session ran it, or this processor cannot")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", claims, file],
+        env=os.environ | {"CHASSIS_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},  # fresh memory holds 3e38, not 0
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 class LiveMemory(TorchDispatchMode):

@@ -1,14 +1,12 @@
 """linear_kl and mean_probabilities: kernel and reference against the float64 truth, values and gradients."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import rerun_on
 
 from chassis_kernels import BackendError, Delta, backends, linear_kl, mean_probabilities, use_backend
 
@@ -406,13 +404,4 @@ def test_mean_probabilities_in_chunks_of_rows(dtype):
 @needs_extension
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_passes(isa):
-    if backends._C.isa() == isa or (isa == "avx2" and backends._C.isa() == "portable"):
-        pytest.skip("this run covers it, or this processor cannot")
-    claims = "(matches_float64 or twice_that or minus_infinity or offset or producer) and not reference"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", claims, __file__],
-        env=os.environ | {"CHASSIS_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},  # fresh memory holds 3e38, not 0
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun_on(isa, __file__, "(matches_float64 or twice_that or minus_infinity or offset or producer) and not reference")

@@ -1,13 +1,11 @@
 """moments_update_: the kernel against the float64 truth, on every layout, dtype, weight and instruction set."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import rerun_on
 
 from chassis_kernels import Moments, backends, moments_update_
 
@@ -271,13 +269,4 @@ def test_float64_rows_run_in_float64_and_an_override_says_so():
 @needs_extension
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_passes(isa):
-    if backends._C.isa() == isa or (isa == "avx2" and backends._C.isa() == "portable"):
-        pytest.skip("this session ran it, or this processor cannot")
-    claims = "matches_float64 or triangle or weight_zero or integer_weights or twice"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", claims, __file__],
-        env=os.environ | {"CHASSIS_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},  # fresh memory holds 3e38, not 0
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun_on(isa, __file__, "matches_float64 or triangle or weight_zero or integer_weights or twice")
