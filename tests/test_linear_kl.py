@@ -1,5 +1,4 @@
-"""linear_kl and mean_probabilities: kernel and reference against the float64 truth, values and gradients."""
-
+"""linear_kl: kernel and reference against the float64 truth, values and gradients."""
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import rerun_on
 
-from chassis_kernels import BackendError, Delta, backends, linear_kl, mean_probabilities, use_backend
+from chassis_kernels import BackendError, Delta, backends, linear_kl, use_backend
 
 needs_extension = pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
 both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
@@ -386,19 +385,6 @@ def test_float64_runs_in_float64_and_an_override_says_so():
     assert linear_kl(*heads).dtype == torch.float64
     with use_backend("cpu"), pytest.raises(BackendError, match="linear_kl: backend .cpu. was asked for, but"):
         linear_kl(*heads)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mean_probabilities_in_chunks_of_rows(dtype):
-    h, W = (torch.randn(600, 8) * 2).to(dtype), torch.randn(50, 8).to(dtype)
-    bias = torch.randn(50)
-    found = mean_probabilities(h, W, bias, softcap=5.0, scale=0.7)
-    want = (5 * torch.tanh(0.7 * (h.double() @ W.double().T + bias.double()) / 5)).softmax(1).mean(0)
-    assert found.dtype == torch.float64
-    assert torch.allclose(found, want, rtol=1e-5) and abs(float(found.sum()) - 1) < 1e-6
-    for bad in (h[:0], h[0]):
-        with pytest.raises(ValueError, match="at least one row"):
-            mean_probabilities(bad, W)
 
 
 @needs_extension
