@@ -1,6 +1,5 @@
 """delta_logits_ and delta_logits: kernel and reference against the float64 truth, values and gradients."""
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings

@@ -1,6 +1,5 @@
 """moments_update_: the kernel against the float64 truth, on every layout, dtype, weight and instruction set."""
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
