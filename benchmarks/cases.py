@@ -45,7 +45,6 @@ class Case:
     providers: dict[str, Provider] = field(repr=False)
     flops: float
     bytes: float
-    gate: str = "eager"  # the provider whose error bounds the others'
 
     @property
     def label(self) -> str:

@@ -29,7 +29,7 @@ def measure(case: Case, *, device: str = "cpu", rounds: int = 7, providers: tupl
     """One row (FIELDS) per provider of `case`, or per one of `providers` and eager; statuses ok, failed and skipped."""
     peers, reasons = peers_of(case, device)
     case = replace(case, providers=case.providers | peers)
-    wanted = {name for name in case.providers if providers is None or name in providers} | {"eager", case.gate}
+    wanted = {name for name in case.providers if providers is None or name in providers} | {"eager"}
     place = torch.device(device)
     inputs = case.make(place)
     torch._dynamo.reset()
@@ -91,7 +91,7 @@ def gate(case: Case, names: list[str], inputs: tuple) -> tuple[dict, dict, dict,
     """Errors, limits and backends by provider, and {provider: (status, reason)} for those that are not timed."""
     truth = case.truth(*map(double, inputs))
     errors, limits, backends, failures, measured = {}, {}, {}, {}, None
-    for name in sorted(names, key=lambda name: name != case.gate):
+    for name in sorted(names, key=lambda name: name != "eager"):
         provider = case.providers[name]
         calls = dict(OPS[provider.op].calls) if provider.op else {}
         try:
@@ -101,9 +101,9 @@ def gate(case: Case, names: list[str], inputs: tuple) -> tuple[dict, dict, dict,
             failures[name] = "skipped" if name == "compile" else "failed", _one_line(error)
             continue
         if provider.op:
-            backends[name] = next(b for b, n in OPS[provider.op].calls.items() if n > calls.get(b, 0))
+            backends[name] = next((b for b, n in OPS[provider.op].calls.items() if n > calls.get(b, 0)), None)
         errors[name] = _error(found, provider.of(truth))
-        if name == case.gate:
+        if name == "eager":
             measured = tuple(t.clone() for t in found)
         limits[name] = FLOOR + (2 * _error(provider.of(measured), provider.of(truth)) if measured else 0.0)
         if _held(name) and not errors[name] <= limits[name]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases import Case, Provider, compiled, generator, simple
 from benchmarks.cases import DTYPES as _DTYPES
+from benchmarks.cases import Case, Provider, compiled, generator, simple
 from chassis_kernels import Moments
 
 DTYPES = tuple(_DTYPES)

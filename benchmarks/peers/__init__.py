@@ -1,6 +1,7 @@
 """Other people's implementations of the same result, one file each, run beside ours where they are installed.
 
-A peer's file has `NAME`, the `MODULE` to import, `OPS`, the ops it has something for, and `provide(case, device)`: a Provider, or in words why it has none.
+A peer's file has `NAME`, the `MODULE` to import, `OPS`, the ops it has something for, and `provide(case, device)`: a
+Provider, or in words why it has none.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ NAME, MODULE, OPS = "liger-kernel", "liger_kernel", ("linear_kl",)
 
 def provide(case: Case, device: str) -> Provider | str:
     """The mean over rows; needs a GPU, as its kernels are Triton's."""
+    if case.shape["r"]:
+        return "has no gradients for a low-rank change"
     if device != "cuda":
         return "runs on GPUs alone"
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD

@@ -12,6 +12,8 @@ NAME, MODULE, OPS = "linear_cross_entropy", "torch", ("linear_kl",)
 
 def provide(case: Case, device: str) -> Provider | str:
     """One of the two heads is fused; the other's [N, V] probabilities are the target."""
+    if case.shape["r"]:
+        return "has no gradients for a low-rank change"
     if not hasattr(F, "linear_cross_entropy"):
         return f"is not in torch {torch.__version__}"
 
