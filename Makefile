@@ -1,4 +1,4 @@
-# make demo | test | bench [OP=name] | doctor | lint | clean
+# make demo | test | bench [OP=name] | gpu-check | doctor | lint | clean
 # Each target sets up .venv the first time, and brings it up to date when the files below change.
 # PYTHON=python3.12 picks the interpreter, ARGS="..." is handed on to the command.
 
@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
-BENCHMARKS = $(if $(OP),benchmarks/bench_$(OP:_=).py,$(wildcard benchmarks/bench_*.py))
+GPU_OUT := $(or $(OUT),benchmarks/results)
 EXTENSION := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: demo test bench doctor lint clean
+.PHONY: demo test bench gpu-check doctor lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.built
@@ -24,7 +24,18 @@ test: $(VENV)/.built
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.built
-	@$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	@$(BIN)/python benchmarks/run.py $(if $(OP),--op $(OP:_=)) $(ARGS)
+
+# Uses the python, torch, triton and nvcc that are there: downloads nothing, makes no .venv. PYTHON=... picks the python.
+# pytest exits with 5 where no test is collected.
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "gpu-check: $(PYTHON) finds no CUDA device: it needs a GPU, its driver and a torch built for CUDA"; exit 1; }
+	@$(PYTHON) setup.py --quiet build_ext --inplace || echo "gpu-check: the C++ kernels are not built; going on without them"
+	@export PYTHONPATH="$(CURDIR):$(CURDIR)/python" && mkdir -p "$(GPU_OUT)" && tests=0 && \
+	  { timeout 240 $(PYTHON) -m pytest -m gpu || tests=$$?; } && \
+	  $(PYTHON) benchmarks/run.py --quick --minutes 4 --json --out "$(GPU_OUT)/gpu.jsonl" --plot && \
+	  { [ $$tests -eq 0 ] || [ $$tests -eq 5 ] || { echo "gpu-check: the GPU tests failed"; exit 1; }; }
 
 doctor: $(VENV)/.built
 	@$(BIN)/chassis doctor $(ARGS)

@@ -27,25 +27,15 @@ def doctor(
 @command(app, "bench")
 def bench(
     terminal: Terminal,
-    op: Annotated[str | None, typer.Argument(help="moments_update_, delta_logits_ or linear_kl; by default all.")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each backend.", min=1)] = 7,
+    op: Annotated[str | None, typer.Argument(help="moments, ridge, delta_logits, linear_kl, ...; by default all.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each provider is timed.", min=1)] = 7,
 ) -> dict:
-    """Check each op on each backend of this machine, then time it against eager PyTorch."""
-    import rich.box
-    from rich.table import Table
-
+    """Check each op on this machine, then time it against eager PyTorch."""
     from chassis.bench import bench as measure
+    from chassis.bench import harness
     from chassis.doctor import environment
 
     with terminal.progress() as report:
         rows = measure(op, rounds=rounds, progress=report)
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("op", "shape", "backend"):
-        table.add_column(name)
-    for name in ("median ms", "spread", "speedup"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        figures = f"{row['milliseconds']:.2f}", f"{100 * row['spread']:.0f} %", f"{row['speedup']:.2f} ×"
-        table.add_row(row["op"], row["shape"], row["backend"], *figures)
-    terminal.console.print(table)
+    terminal.console.print(harness().table(rows))
     return {"rows": rows, "environment": environment()}
