@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 LABELS = {"N": "rows N", "T": "positions T", "V": "vocabulary V", "V_s": "student vocabulary V_s", "D": "width D"}
+FOLLOWS = {"D": "T", "V_s": "V_t"}  # sizes that move together where they are equal
 MARKERS = "osD^vP*X"
 
 
@@ -29,8 +30,8 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
     families = defaultdict(list)
     for row in rows:
         if name in row["shape"] and row["dtype"] == "fp32":
-            # T follows D in the moments, as V_t may follow V_s: what is equal in one row is taken to move together
-            same = {key for key, value in row["shape"].items() if value == row["shape"][name]}
+            follower = FOLLOWS.get(name)
+            same = {name, follower} if row["shape"].get(follower) == row["shape"][name] else {name}
             families[tuple((key, value) for key, value in row["shape"].items() if key not in same)].append(row)
     best = max(families.values(), key=lambda family: len({row["shape"][name] for row in family}), default=[])
     if len({row["shape"][name] for row in best}) < 2:
@@ -45,7 +46,7 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
         )
         axes[1].plot(sizes, [row["peak_bytes"] / 2**20 for row in line], marker="o", label=provider)
     for axis, what in zip(axes, ("median ms, band p20 to p80", "peak MiB beyond the inputs"), strict=True):
-        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log" if axis is axes[0] else "symlog")
+        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log" if axis is axes[0] else "linear")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return _save(figure, f"{best[0]['op']}, fp32", path)

@@ -152,3 +152,10 @@ def test_the_ceiling_that_binds_is_named():
 
 def test_plots_of_nothing_are_none(tmp_path):
     assert plots.plot([], tmp_path / "rows.jsonl") == []
+
+
+def test_a_size_is_drawn_though_another_size_equals_it(tmp_path):
+    fixed = {"op": "delta_logits", "dtype": "fp32", "provider": "eager", "p20_ms": 1.0, "p80_ms": 1.0, "peak_bytes": 1}
+    rows = [fixed | {"shape": {"N": n, "D": 64}, "median_ms": 1.0} for n in (1, 64)]
+    assert plots._against(rows, "N", tmp_path / "rows.png") == [tmp_path / "rows.png"]
+    assert plots._against(rows, "D", tmp_path / "rows.png") == []
