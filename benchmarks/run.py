@@ -57,29 +57,36 @@ def rows_of(
 
 
 def table(rows: list[dict]):
-    """A rich table of the rows that were timed; the others' reasons below it."""
-    import rich.box
+    """Rich tables of the rows that were timed, one a case; the others' reasons below them."""
     from rich.console import Group
+
+    made, reasons = {}, {}
+    for row in sorted(rows, key=lambda row: OPS.index(row["op"])):
+        case = f"{row['op']}  {' '.join(f'{name}={value}' for name, value in row['shape'].items())}  {row['dtype']}"
+        if row["status"] != "ok":
+            reasons.setdefault((row["op"], row["provider"], row["status"], row["reason"]), case)
+            continue
+        if case not in made:
+            made[case] = _columns(case, row["ceiling"])
+        ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
+        width = 100 * (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
+        times = f"{row['median_ms']:.3f}", f"{width:.0f} %", ratio
+        made[case].add_row(
+            row["provider"], *times, f"{row['peak_bytes'] / 2**20:.1f}", f"{row['error']:.1e}", f"{100 * row['share']:.0f} %"
+        )
+    lines = [f"{provider} {status}: {reason}  ({case})" for (_, provider, status, reason), case in reasons.items()]
+    return Group(*made.values(), *lines)
+
+
+def _columns(title: str, ceiling: str):
+    import rich.box
     from rich.table import Table
 
-    rows = sorted(rows, key=lambda row: OPS.index(row["op"]))
-    made = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("op", "shape", "dtype", "provider"):
-        made.add_column(name)
-    for name in ("median ms", "p20 to p80", "× eager", "peak MiB", "error", "share"):
-        made.add_column(name, justify="right", no_wrap=True)
-    reasons = {}
-    for row in rows:
-        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
-        if row["status"] != "ok":
-            reasons.setdefault((row["op"], row["provider"], row["status"], row["reason"]), f"{shape} {row['dtype']}")
-            continue
-        ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
-        figures = f"{row['median_ms']:.3f}", f"{row['p20_ms']:.3f} to {row['p80_ms']:.3f}", ratio
-        rest = f"{row['peak_bytes'] / 2**20:.1f}", f"{row['error']:.1e}", f"{100 * row['share']:.0f} % {row['ceiling']}"
-        made.add_row(row["op"], shape, row["dtype"], row["provider"], *figures, *rest)
-    lines = [f"{op} ({shape}): {provider} {status}, {reason}" for (op, provider, status, reason), shape in reasons.items()]
-    return Group(made, *lines)
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, title=f"{title}  (share of {ceiling})", title_justify="left")
+    table.add_column("provider", min_width=15)
+    for name in ("median ms", "p20-p80", "× eager", "peak MiB", "error", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:
