@@ -22,7 +22,7 @@ from chassis_kernels import Chunks
 
 KINDS = len(ROLES) + 2  # keys of one byte: text, then the special tokens that stand there, then the rest of a sample
 REST = KINDS - 1
-_SPACE = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+_SOLID = np.array([byte not in b" \t\n\r\x0b\x0c" for byte in range(256)])
 
 
 class Alignment(NamedTuple):
@@ -46,7 +46,7 @@ def align(student: Spans, teacher: Spans) -> Alignment:
     """Align two tokenizations of the same texts. Raises ChassisError when the texts differ.
 
     A chunk is correct when on either side its tokens cover all of its bytes but white space (some tokenizers leave it
-    out of their offsets), none of them the unknown token. About 0.3 ms for two tokenizations of 2048 tokens.
+    out of their offsets), none of them the unknown token. About 0.4 ms for two tokenizations of 2048 tokens.
     """
     _check(student, teacher)
     stride = KINDS * (max((len(text) for text in student.texts), default=0) + 2)
@@ -82,15 +82,22 @@ def _check(student: Spans, teacher: Spans) -> None:
 def _slots(keys: list[np.ndarray], inside: list[np.ndarray], stride: int) -> np.ndarray:
     """Keys of the batch's chunks, sorted: shared ends of text, special tokens, and one for a sample's rest."""
     used = [k[i] for k, i in zip(keys, inside, strict=True)]
-    text = [k[k % KINDS == 0] for k in used]
-    shared = np.intersect1d(*text)
+    text = [_distinct(k[k % KINDS == 0]) for k in used]
+    both = np.sort(np.concatenate(text), kind="stable")
+    shared = both[:-1][both[1:] == both[:-1]]
     shared = shared[shared % stride > 0]  # a chunk holds at least a byte
     n_samples = len(keys[0])
     last = np.zeros(n_samples, dtype=np.int64)
     np.maximum.at(last, shared // stride, shared % stride)
     behind = np.concatenate([k[k % stride > last[k // stride]] for k in text])
-    rest = np.unique(behind // stride) * stride + stride - 1
-    return np.unique(np.concatenate([shared, *(k[k % KINDS > 0] for k in used), rest]))
+    rest = _distinct(behind // stride) * stride + stride - 1
+    return _distinct(np.concatenate([shared, *(k[k % KINDS > 0] for k in used), rest]))
+
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """The distinct keys in order; quicker than np.unique on runs that are sorted already, as tokens are."""
+    keys = np.sort(keys, kind="stable")
+    return keys[np.diff(keys, prepend=-1) > 0]
 
 
 def _place(keys: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -105,7 +112,7 @@ def _place(keys: np.ndarray, slots: np.ndarray) -> np.ndarray:
 def _spelled(side: Spans, place: np.ndarray, slots: np.ndarray, stride: int) -> np.ndarray:
     """[slots] bool: the side's tokens of text cover every byte of the slot's text but white space, and are all known."""
     text = np.frombuffer(b"".join(side.texts), np.uint8)
-    solid = np.concatenate([[0], np.cumsum(~np.isin(text, _SPACE))])  # bytes that count before each byte of the batch
+    solid = np.concatenate([[0], np.cumsum(_SOLID[text])])  # bytes that count before each byte of the batch
     base = np.cumsum([0, *map(len, side.texts)])
     chosen = (side.end >= 0) & (side.role == 0)
     offset = np.broadcast_to(base[:-1, None], side.end.shape)[chosen]
