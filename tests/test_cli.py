@@ -299,3 +299,22 @@ def test_demo_runs_on_any_testbed(tiny_testbed, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["generations"] and (tmp_path / "report.html").exists() and found["ranks"][0]["rank"] == 2
+
+
+def test_align_shows_the_chunks_of_two_tokenizers(work, tmp_path):
+    from chassis.testbed.tokenizers import sentencepiece_style
+
+    sentencepiece_style(["the quick brown fox jumps over the lazy dog " * 3] * 4, 330).save_pretrained(tmp_path)
+    result = chassis("align", work / "base", tmp_path, "--text", "the fox", "--text", "é", "--json")
+    first, second = json.loads(result.stdout)["samples"]
+    assert first["valid"].count(True) == 2 == first["correct"].count(True)
+    assert "".join(item["token"] for item in first["teacher"]) == "<s>▁the▁fox"
+    assert [item["chunk"] for item in second["student"]] == [1, 1] and second["correct"] == [False, True]
+    shown = chassis("align", work / "base", tmp_path, "--text", "the fox")
+    assert "2 of 3 chunks are spelled alike by both" in shown.stdout
+    for arguments, message in (
+        ((work / "base", tmp_path), "give --text or --file"),
+        ((work / "base", tmp_path / "no", "--text", "a"), "no such folder"),
+        ((work / "base", tmp_path, "--file", tmp_path / "no.txt"), "cannot be read as UTF-8 text"),
+    ):
+        assert message in chassis("align", *arguments).stderr

@@ -154,4 +154,3 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
         texts.append(text[len(before) :] if text.startswith(before) else text[-1:])
         before = text
     return texts
-

@@ -1,6 +1,6 @@
 """The main job: one pass over text, then lenses, adapter, rank sweep, refinement and held-out numbers.
 
-    documents -> windows -> Probe -> Statistics -> closed_form -> refine -> evaluate -> folder
+documents -> windows -> Probe -> Statistics -> closed_form -> refine -> evaluate -> folder
 """
 
 from __future__ import annotations

@@ -20,9 +20,7 @@ from chassis_kernels import Moments, mean_probabilities
 class Statistics:
     """`layers` {l: Moments(D, E)}, `final` Moments(D, E), `mean_p` [V] fp64; `base` and `expert` are the readouts."""
 
-    def __init__(
-        self, base: Readout, expert: Readout, *, layers: tuple[int, ...] = (), fisher_stride: int = 8
-    ) -> None:
+    def __init__(self, base: Readout, expert: Readout, *, layers: tuple[int, ...] = (), fisher_stride: int = 8) -> None:
         vocab_size, width = base.weight.shape
         target = vocab_size if expert.weight is None else expert.weight.shape[1]
         device = base.weight.device

@@ -42,7 +42,7 @@ def load_causal_lm(
     config = _config(name, revision)
     model = _model(name, revision, config, dtype).to(device).eval()
     check_causal(model)
-    tokenizer = _tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision=revision)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -114,13 +114,22 @@ def _model(name: str, revision: str | None, config, dtype: torch.dtype | str) ->
     return model
 
 
-def _tokenizer(name: str, revision: str | None):
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
+    """The tokenizer of a local folder or a hub name; without a padding token it pads with its end token.
+
+    Raises ModelError if there is none, or only files that would run code.
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder; give one with tokenizer.json, or a hub name owner/name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizer classes raise whatever their missing files lead to
         raise ModelError(
-            f"{name}: no usable tokenizer beside the model ({_first_line(error)}); "
-            "save one there with tokenizer.save_pretrained"
+            f"{name}: no usable tokenizer ({_first_line(error)}); save one there with tokenizer.save_pretrained"
         ) from error
     # Without files some classes come up with a vocabulary of special tokens and nothing else.
     if all(index in tokenizer.added_tokens_decoder for index in tokenizer.get_vocab().values()):
