@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-OPS = ("moments", "ridge", "delta_logits", "linear_kl", "projection_kl")
-LEVELS = ("tiny", "quick", "default", "full", "gpu")
+OPS = ("moments", "ridge", "delta_logits", "linear_kl", "projection_kl", "gold_kl", "token_kl")
+LEVELS = ("tiny", "quick", "default", "scaling", "full", "gpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -78,12 +78,12 @@ def double(value):
 
 
 def cases(op: str, level: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Case]:
-    """All cases of `op` at `level`; "full" includes "default".
+    """All cases of `op` at `level`; "full" is "default" and "scaling", the small shapes that differ in one size.
 
     Raises ValueError for an op or a level that is not there.
     """
     if op not in OPS or level not in LEVELS:
         raise ValueError(f"op {op!r}, level {level!r}: expected one of {', '.join(OPS)} and one of {', '.join(LEVELS)}")
     module = importlib.import_module(f"benchmarks.ops.{op}")
-    shapes = [shape for name in (("default", "full") if level == "full" else (level,)) for shape in module.SHAPES[name]]
+    shapes = [shape for name in (("default", "scaling") if level == "full" else (level,)) for shape in module.SHAPES[name]]
     return [module.case(dtype=dtype, **shape) for dtype in dtypes if dtype in module.DTYPES for shape in shapes]

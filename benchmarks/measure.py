@@ -9,14 +9,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import Case, double
+from benchmarks.cases import Case, Provider, double
 from benchmarks.ceilings import bound, ceilings
 from benchmarks.peers import peers_of
-from chassis_kernels.backends import OPS
+from chassis_kernels.backends import OPS, BackendError, use_backend
 
 FLOOR = 8 * torch.finfo(torch.float32).eps
 FIELDS = (
@@ -28,8 +29,8 @@ FIELDS = (
 def measure(case: Case, *, device: str = "cpu", rounds: int = 7, providers: tuple[str, ...] | None = None) -> Iterator[dict]:
     """One row (FIELDS) per provider of `case`, or per one of `providers` and eager; statuses ok, failed and skipped."""
     peers, reasons = peers_of(case, device)
-    case = replace(case, providers=case.providers | peers)
-    wanted = {name for name in case.providers if providers is None or name in providers} | {"eager"}
+    case = replace(case, providers=with_backends(case.providers, device) | peers)
+    wanted = {name for name in case.providers if providers is None or name.split("[")[0] in providers} | {"eager"}
     place = torch.device(device)
     inputs = case.make(place)
     torch._dynamo.reset()
@@ -69,6 +70,31 @@ def measure(case: Case, *, device: str = "cpu", rounds: int = 7, providers: tupl
             yield _complete(fixed | {"provider": name, "status": "skipped", "reason": reason})
 
 
+def with_backends(providers: dict[str, Provider], device: str) -> dict[str, Provider]:
+    """On a GPU every provider of ours also as `chassis[triton]` and `chassis[cuda]`, as far as its op has those backends.
+
+    The provider without a name in brackets runs what is chosen by default, which is a backend that was verified.
+    """
+    found = {}
+    for name, provider in providers.items():
+        found[name] = provider
+        backends = ("triton", "cuda") if provider.op and device == "cuda" else ()
+        for backend in backends:
+            if backend in OPS[provider.op].implementations:
+                found[f"{name}[{backend}]"] = replace(provider, prepare=partial(_prepare_on, backend, provider))
+    return found
+
+
+def _prepare_on(backend: str, provider: Provider, *inputs):
+    step = provider.prepare(*inputs)
+
+    def forced():
+        with use_backend(backend):
+            return step()
+
+    return forced
+
+
 def environment(device: str) -> dict:
     """{device, versions}: what the figures hold for. Names no machine."""
     from chassis_kernels.backends import cpu_isa
@@ -98,7 +124,8 @@ def gate(case: Case, names: list[str], inputs: tuple) -> tuple[dict, dict, dict,
             given = timing.clone(inputs)
             found = provider.read(provider.prepare(*given)(), *given)
         except Exception as error:  # a provider that cannot run here is a row with its reason, not the end of the run
-            failures[name] = "skipped" if name == "compile" else "failed", _one_line(error)
+            optional = name == "compile" or isinstance(error, BackendError)
+            failures[name] = "skipped" if optional else "failed", _one_line(error)
             continue
         if provider.op:
             backends[name] = next((b for b, n in OPS[provider.op].calls.items() if n > calls.get(b, 0)), None)

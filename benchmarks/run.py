@@ -1,8 +1,9 @@
 """Check, then time, the ops of chassis_kernels against what one would write without them.
 
-    python benchmarks/run.py --op moments                       a table
-    python benchmarks/run.py --op projection_kl --json          one JSON row a line (measure.FIELDS)
-    python benchmarks/run.py --quick --out results/quick.jsonl --plot
+python benchmarks/run.py --op moments                       a table
+python benchmarks/run.py --op projection_kl --json          one JSON row a line (measure.FIELDS)
+python benchmarks/run.py --quick --out results/quick.jsonl --plot
+python benchmarks/run.py --rows results/quick.jsonl --table   Markdown of rows that are there, nothing measured
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ import torch  # noqa: E402
 
 from benchmarks.cases import DTYPES, OPS, cases  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
+from benchmarks.tables import markdown, table  # noqa: E402
+
+LEVEL_HELP = {
+    "tiny": "seconds",
+    "quick": "a minute",
+    "scaling": "small shapes that differ in one size",
+    "full": "the default sizes and --scaling",
+    "gpu": "sizes for a GPU",
+}
 
 
 def rows_of(
@@ -56,39 +66,6 @@ def rows_of(
             progress("bench", number + 1, len(todo))
 
 
-def table(rows: list[dict]):
-    """Rich tables of the rows that were timed, one a case; the others' reasons below them."""
-    from rich.console import Group
-
-    made, reasons = {}, {}
-    for row in sorted(rows, key=lambda row: OPS.index(row["op"])):
-        case = f"{row['op']}  {' '.join(f'{name}={value}' for name, value in row['shape'].items())}  {row['dtype']}"
-        if row["status"] != "ok":
-            reasons.setdefault((row["op"], row["provider"], row["status"], row["reason"]), case)
-            continue
-        if case not in made:
-            made[case] = _columns(case, row["ceiling"])
-        ratio = "" if row["ratio_to_eager"] is None else f"{row['ratio_to_eager']:.2f}"
-        width = 100 * (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
-        times = f"{row['median_ms']:.3f}", f"{width:.0f} %", ratio
-        made[case].add_row(
-            row["provider"], *times, f"{row['peak_bytes'] / 2**20:.1f}", f"{row['error']:.1e}", f"{100 * row['share']:.0f} %"
-        )
-    lines = [f"{provider} {status}: {reason}  ({case})" for (_, provider, status, reason), case in reasons.items()]
-    return Group(*made.values(), *lines)
-
-
-def _columns(title: str, ceiling: str):
-    import rich.box
-    from rich.table import Table
-
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, title=f"{title}  (share of {ceiling})", title_justify="left")
-    table.add_column("provider", min_width=15)
-    for name in ("median ms", "p20-p80", "× eager", "peak MiB", "error", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if a provider failed its gate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,19 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this many minutes")
     parser.add_argument("--json", action="store_true", help="one JSON row a line")
     parser.add_argument("--out", type=Path, help="also write the rows here, a .jsonl file")
+    parser.add_argument("--rows", action="append", type=Path, help="rows from this .jsonl file; of equals the last counts")
+    parser.add_argument("--table", action="store_true", help="print the README's Markdown table")
     parser.add_argument("--plot", action="store_true", help="write PNGs next to --out, or into benchmarks/results")
     size = parser.add_mutually_exclusive_group()
-    for level, what in (("tiny", "seconds"), ("quick", "a minute"), ("full", "with sweeps"), ("gpu", "sizes for a GPU")):
+    for level, what in LEVEL_HELP.items():
         size.add_argument(f"--{level}", dest="level", action="store_const", const=level, default="default", help=what)
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="torch._dynamo")  # what it cannot trace, it runs as eager does
+    rows, source = [], _stored(given.rows) if given.rows else _measured(given)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("")
-    rows, wanted = [], tuple(given.providers.split(",")) if given.providers else None
-    dtypes = tuple(given.dtype or DTYPES)
-    options = {"level": given.level, "dtypes": dtypes, "providers": wanted, "rounds": given.rounds, "minutes": given.minutes}
-    for row in rows_of(tuple(given.op or OPS), **options):
+    for row in source:
         rows.append(row)
         line = json.dumps(row)
         if given.json:
@@ -119,13 +96,32 @@ def main(arguments: list[str] | None = None) -> int:
         if given.out:
             with given.out.open("a") as file:
                 file.write(line + "\n")
-    if not given.json:
+    if given.table:
+        print(markdown(rows))
+    elif not given.json:
         from rich.console import Console
 
         Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
     if given.plot:
-        _plot(rows, given.out or Path(__file__).parent / "results" / "bench.jsonl")
+        _plot(rows, given.out or (given.rows or [None])[0] or Path(__file__).parent / "results" / "bench.jsonl")
     return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def _measured(given: argparse.Namespace) -> Iterator[dict]:
+    return rows_of(
+        tuple(given.op or OPS),
+        level=given.level,
+        dtypes=tuple(given.dtype or DTYPES),
+        providers=tuple(given.providers.split(",")) if given.providers else None,
+        rounds=given.rounds,
+        minutes=given.minutes,
+    )
+
+
+def _stored(paths: list[Path]) -> list[dict]:
+    """The rows of the files; where they hold the same op, shape, dtype and provider, the last."""
+    rows = (json.loads(line) for path in paths for line in path.read_text().splitlines())
+    return list({(row["op"], str(row["shape"]), row["dtype"], row["provider"]): row for row in rows}.values())
 
 
 def _plot(rows: list[dict], out: Path) -> None:

@@ -1,6 +1,7 @@
 """The benchmark harness: what it measures is registered once, right before it is timed, and reported in full."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,9 +50,7 @@ def test_unknown_names_are_refused():
 def test_every_provider_passes_the_gate(case):
     peers, _ = peers_of(case, "cpu")
     names = [name for name in case.providers | peers if name != "compile"]
-    errors, limits, backends, failures = measure.gate(
-        replace(case, providers=case.providers | peers), names, case.make(CPU)
-    )
+    errors, limits, backends, failures = measure.gate(replace(case, providers=case.providers | peers), names, case.make(CPU))
     assert not failures and set(errors) == set(names) == set(limits)
     assert {name for name in names if name.startswith("chassis")} == set(backends)
 
@@ -101,11 +100,57 @@ def test_the_script_runs_from_another_folder(tmp_path):
     assert shown.returncode == 0 and b"--quick" in shown.stdout
 
 
-def test_a_peer_that_is_missing_or_does_not_apply_says_why():
+def test_a_peer_that_is_missing_or_does_not_apply_says_why(monkeypatch):
     case = cases("linear_kl", "tiny")[0]
-    _, reasons = peers_of(case, "cpu")
-    assert set(reasons) >= {"liger-kernel", "cut-cross-entropy"} and all(reasons.values())
+    assert "labels" in peers_of(case, "cpu")[1].get("cut-cross-entropy", "labels")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    providers, reasons = peers_of(case, "cpu")
+    assert not providers and set(reasons.values()) == {"is not installed"} and "liger-kernel" in reasons
     assert not any(peers_of(cases("moments", "tiny")[0], "cpu")) and len(set(PEERS)) == len(PEERS)
+
+
+def test_a_backend_of_a_gpu_is_a_provider_of_its_own(monkeypatch):
+    case = cases("token_kl", "tiny")[0]
+    for name in ("token_kl", "token_kl_backward", "top_columns"):
+        implementations = measure.OPS[name].implementations
+        monkeypatch.setitem(implementations, "triton", implementations["reference"])
+    assert measure.with_backends(case.providers, "cpu") == case.providers
+    providers = measure.with_backends(case.providers, "cuda")
+    assert set(providers) - set(case.providers) == {"chassis[triton]"}
+    *_, failures = measure.gate(replace(case, providers=providers), ["eager", "chassis[triton]"], case.make(CPU))
+    status, reason = failures["chassis[triton]"]
+    assert status == "skipped" and "not on a GPU" in reason
+
+
+@pytest.mark.parametrize("op", ["projection_kl", "gold_kl", "token_kl"])
+def test_a_loss_in_parts_is_the_loss(op):
+    case = cases(op, "tiny", ("fp32",))[0]
+    inputs = case.make(CPU)
+    found, right = (case.providers[name].prepare(*inputs)() for name in ("chunked", "eager"))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_readme_shows_what_the_rows_say(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pattern = r"<!-- benchmarks/run.py (.*?) -->\n(.*?)<!-- end of rows -->"
+    blocks = re.findall(pattern, (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for arguments, shown in blocks:
+        assert run.main(arguments.split()) == 0
+        assert capsys.readouterr().out == shown
+
+
+def test_of_rows_that_are_equal_the_last_counts(tmp_path, capsys):
+    row = dict.fromkeys(measure.FIELDS) | {"op": "ridge", "shape": {"N": 1}, "dtype": "fp32", "provider": "chassis"}
+    row |= {"status": "ok", "median_ms": 1.0, "ratio_to_eager": 1.0, "peak_bytes": 0}
+    eager = row | {"provider": "eager"}
+    files = [tmp_path / name for name in "ab"]
+    files[0].write_text("".join(json.dumps(each) + "\n" for each in (eager, row)))
+    files[1].write_text(json.dumps(row | {"ratio_to_eager": 7.0}) + "\n")
+    assert run.main(["--rows", str(files[0]), "--rows", str(files[1]), "--table", "--out", str(files[0])]) == 0
+    assert "| `ridge` | N=1 | 7.0 |" in capsys.readouterr().out
+    assert len(files[0].read_text().splitlines()) == 2
 
 
 def test_no_case_begins_after_the_minutes_are_over(capsys):

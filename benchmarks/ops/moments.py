@@ -18,7 +18,7 @@ SHAPES = {
     "tiny": [{"N": 40, "D": 12} | form for form in (_BOTH, _ALONE)] + [{"N": 64, "D": 8, "batches": 4} | _BOTH],
     "quick": [{"N": 2048, "D": 512} | form for form in (_BOTH, _ALONE)] + [{"N": 2048, "D": 512, "batches": 64} | _BOTH],
     "default": [_BAR | _BOTH, _BAR | _ALONE, _BAR | {"batches": 64} | _BOTH],
-    "full": [{"N": n, "D": 2048} | _BOTH for n in (1024, 16384)]
+    "scaling": [{"N": n, "D": 2048} | _BOTH for n in (1024, 16384)]
     + [{"N": 4096, "D": d} | _BOTH for d in (512, 1000, 1024, 4096)],
     "gpu": [{"N": 1 << n, "D": d} | form for n, d in ((14, 2048), (18, 4096), (16, 8192)) for form in (_BOTH, _ALONE)],
 }

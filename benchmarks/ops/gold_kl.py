@@ -1,0 +1,50 @@
+"""gold_kl, loss and gradient, against eager PyTorch: half of the student's tokens have an exact partner.
+
+`eager` is the package's reference under autograd: two full log-softmaxes, chunk means, two `topk`.
+"""
+
+from __future__ import annotations
+
+from benchmarks.cases import DTYPES as _DTYPES
+from benchmarks.cases import Case
+from benchmarks.distillation import in_parts, inputs, pairs, whole
+from chassis_kernels import gold_kl
+from chassis_kernels.reference import gold_kl as reference
+
+DTYPES = tuple(_DTYPES)
+EXACT = 0.5  # of the student's tokens
+SHAPES = {
+    "tiny": [{"T": 24, "V_s": 60, "V_t": 80, "m": 20}],
+    "quick": [{"T": 128, "V_s": 4000, "V_t": 6000, "m": 1024}],
+    "default": [{"T": t, "V_s": s, "V_t": v, "m": 8192} for t, s, v in ((512, 32000, 51200), (256, 128256, 151936))],
+    "scaling": [{"T": t, "V_s": 16000, "V_t": 16000, "m": 2048} for t in (64, 128, 256, 512)]
+    + [{"T": 128, "V_s": v, "V_t": v, "m": 2048} for v in (8000, 32000, 64000)],
+    "gpu": [{"T": t, "V_s": 128256, "V_t": 151936, "m": 8192} for t in (1024, 2048)],
+}
+
+
+def case(T: int, V_s: int, V_t: int, m: int, dtype: str) -> Case:
+    """T positions on either side; the m likeliest of the other tokens are compared by rank."""
+    kind = _DTYPES[dtype]
+
+    def eager(*given, **options):
+        return reference.loss(*given, uncommon_topk=m, **options)[0]
+
+    def chassis(*given, **options):
+        return gold_kl(*given, uncommon_topk=m, **options)[0]
+
+    return Case(
+        "gold_kl",
+        {"T": T, "V_s": V_s, "V_t": V_t, "m": m},
+        dtype,
+        inputs(T, V_s, V_t, 4, kind, EXACT),
+        lambda *given: whole(eager).prepare(*given)(),
+        {
+            "eager": whole(eager),
+            "chassis": whole(chassis, op="gold_kl"),
+            "chunked": in_parts(eager, lambda student, teacher, projection, chunks: {"denominator": pairs(chunks)}),
+            "compile": whole(eager, compile_it=True),
+        },
+        flops=10 * T * (V_s + V_t),  # running maxima, exponentials, sums, means, gradient
+        bytes=kind.itemsize * (2 * T * V_s + T * V_t),  # logits read once, gradient written once
+    )
