@@ -1,6 +1,8 @@
 """Streaming moments, delta-logit and KL kernels, each with an eager PyTorch reference. Needs torch alone to import."""
 
 from chassis_kernels.backends import BackendError, capabilities, use_backend
+from chassis_kernels.bridge_project import Bridged, bridge_project
+from chassis_kernels.bridge_table import BlockedTokens, BridgeTable
 from chassis_kernels.chunks import Chunks
 from chassis_kernels.delta_logits import delta_logits, delta_logits_
 from chassis_kernels.gold_kl import gold_kl
@@ -16,6 +18,9 @@ from chassis_kernels.xtoken_loss import TeacherBatch, xtoken_loss
 
 __all__ = [
     "BackendError",
+    "BlockedTokens",
+    "BridgeTable",
+    "Bridged",
     "Chunks",
     "Delta",
     "LinearKLStats",
@@ -27,6 +32,7 @@ __all__ = [
     "TeacherBatch",
     "TeacherConfig",
     "XTokenConfig",
+    "bridge_project",
     "capabilities",
     "delta_logits",
     "delta_logits_",

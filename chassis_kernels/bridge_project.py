@@ -1,0 +1,173 @@
+"""From an expert's next-token distribution to one over a base model's tokens, through a sparse table.
+
+The equations stand in `reference/bridge_project.py`. The C++ kernel reads a row's logits for their maximum and their
+exponentials, and gathers those by base token; no probabilities [N, V_E] are written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chassis_kernels import backends
+from chassis_kernels.bridge_table import BlockedTokens, BridgeTable
+from chassis_kernels.reference import bridge_project as reference
+from chassis_kernels.reference.precision import compute_dtype
+
+_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+class Bridged(NamedTuple):
+    """What `bridge_project` returns; float32 (float64 if an input is)."""
+
+    log_q: Tensor  # [N, V_B] nats; -inf where q is 0 or below 1.2e-38
+    mass: Tensor  # [N] the mapped share of the expert's probability: Σ_b q(b), before `normalize`
+    uncertainty: Tensor  # [N] Σ_t P(t) (1 - max_b M[t, b]): how much of it does not yet fix the base token
+
+
+def bridge_project(
+    logits: Tensor | None,  # [N, >= V_E]
+    table: BridgeTable,  # [V_E + residual rows, V_B]
+    *,
+    log_probs: Tensor | None = None,  # [N, m]
+    ids: Tensor | None = None,  # [N, m] int64
+    log_weight: Tensor | None = None,  # [N]
+    blocked: BlockedTokens | None = None,
+    previous: Tensor | None = None,  # [N] int64
+    temperature: float = 1.0,
+    normalize: bool = False,
+) -> Bridged:
+    """log q = log Pᵀ M for every row, with the mapped mass and the uncertainty.
+
+    P is softmax(logits / temperature) over the table's first V_E = `table.n_expert` rows (wider logits are cut); or what
+    `log_probs` says of the table rows `ids` (any rows; -1: an empty place; repeats add up); or both, with the share
+    exp(log_weight) for the logits. log_probs are taken as they are: what they and the share leave to 1, the tail of a top-k,
+    is part of neither q nor mass and counts in full as uncertain. A row whose logits are all -inf adds nothing.
+
+    To condition on the bytes u after the expert's last boundary, list the log-probabilities of the tokens that start with
+    u, normalised over them, with `ids` the rows of their residuals: a table may have rows beyond V_E for those.
+
+    blocked, previous: row n cannot continue with the base tokens of list previous[n] of `blocked` (-1: no list). They get
+    -inf and the others are scaled so that Σ q stays mass; mass is 0 where nothing mapped is left. `normalize` scales q to
+    sum 1 where mass is above 0; `mass` still tells what was mapped.
+
+    logits and log_probs float32, bfloat16, float16 (float64: reference backend). Not differentiable: a backward pass
+    raises RuntimeError. Raises ValueError for shapes, dtypes or ids that do not fit.
+    """
+    _check(logits, table, log_probs, ids, log_weight, blocked, previous, temperature)
+    if logits is None:
+        logits = log_probs.new_empty(len(log_probs), 0)
+    lists = (None, None) if previous is None else (blocked.start, blocked.tokens)
+    return Bridged(
+        *torch.ops.chassis.bridge_project(
+            logits,
+            log_probs,
+            ids,
+            log_weight,
+            *table.columns,
+            table.row_sum,
+            table.spread,
+            *lists,
+            previous,
+            min(table.n_expert, logits.shape[1]),
+            float(temperature),
+            normalize,
+        )
+    )
+
+
+def _check(logits, table, log_probs, ids, log_weight, blocked, previous, temperature) -> None:
+    if logits is None and log_probs is None:
+        raise ValueError("neither logits [N, V_E] nor log_probs [N, m] with ids were given")
+    first = log_probs if logits is None else logits
+    n = first.shape[0] if first.dim() else 0
+    if logits is not None and (logits.dim() != 2 or logits.shape[1] < table.n_expert):
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected [N, >= {table.n_expert}], the table's expert tokens")
+    if (log_probs is None) != (ids is None):
+        raise ValueError("log_probs [N, m] and ids [N, m] go together: one is missing")
+    if ids is not None and (ids.dim() != 2 or ids.shape[0] != n or log_probs.shape != ids.shape or ids.dtype != torch.int64):
+        raise ValueError(
+            f"log_probs are {tuple(log_probs.shape)} and ids {ids.dtype} {tuple(ids.shape)}: expected [{n}, m] and "
+            f"torch.int64 [{n}, m]"
+        )
+    if logits is not None and log_probs is not None and log_weight is None:
+        raise ValueError("logits and log_probs together need log_weight [N], the log of the share that the logits have")
+    if log_weight is not None and (logits is None or log_weight.shape != (n,)):
+        raise ValueError(f"log_weight is {tuple(log_weight.shape)}: expected [{n}], beside logits")
+    for name, tensor in (("logits", logits), ("log_probs", log_probs), ("log_weight", log_weight)):
+        if tensor is not None and tensor.dtype not in backends.DTYPE_CODES:
+            raise ValueError(f"{name} are {tensor.dtype}, expected floats")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    if (blocked is None) != (previous is None):
+        raise ValueError("blocked and previous [N] go together: one is missing")
+    if blocked is not None and blocked.n_base != table.n_base:
+        raise ValueError(f"blocked is for {blocked.n_base} base tokens, the table for {table.n_base}")
+    if previous is not None and (previous.shape != (n,) or previous.dtype != torch.int64):
+        raise ValueError(f"previous is {previous.dtype} {tuple(previous.shape)}, expected torch.int64 [{n}]")
+    for name, given, size in (("ids", ids, table.shape[0]), ("previous", previous, len(blocked) if blocked else 0)):
+        if given is not None and given.device.type == "cpu" and given.numel():
+            low, high = int(given.min()), int(given.max())
+            if low < -1 or high >= size:
+                raise ValueError(f"{name} hold {low} to {high}: expected -1..{size - 1}")
+
+
+def _cpu(logits, log_probs, ids, log_weight, *arguments):
+    *tensors, width, temperature, normalize = arguments
+    rows, n_base = logits.shape[0], len(tensors[0]) - 1
+    out = torch.empty(rows, n_base), torch.empty(rows), torch.empty(rows)
+    logits = backends.rows_contiguous(logits)
+    log_probs, log_weight = (None if t is None else t.float().contiguous() for t in (log_probs, log_weight))
+    given = log_probs, ids, log_weight, *tensors
+    given = [None if t is None else t.contiguous() for t in given]
+    backends._C.bridge_project(
+        backends.matrix_args(logits),
+        tuple(0 if t is None else t.data_ptr() for t in given),
+        (len(tensors[3]), n_base, 0 if ids is None else ids.shape[1], width),
+        temperature,
+        normalize,
+        tuple(t.data_ptr() for t in out),
+    )
+    return out
+
+
+def _no_gradient(ctx, *grads):
+    raise RuntimeError(
+        "bridge_project has no gradient: detach the logits, or call the eager function of that name in "
+        "chassis_kernels.reference.bridge_project, which autograd can follow"
+    )
+
+
+def _fake(logits, log_probs, ids, log_weight, start, rows, weights, *rest):
+    row = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits, log_probs, weights))
+    return row.new_empty(row.shape[0], start.shape[0] - 1), row, torch.empty_like(row)
+
+
+def _example(device: str) -> tuple:
+    g = torch.Generator().manual_seed(0)
+    rows, ids, weights = (
+        torch.tensor([0, 0, 1, 2, 4, 5, 6]),
+        torch.tensor([1, 4, 2, 0, 3, 3, 1]),
+        torch.rand(7, generator=g) / 2,
+    )
+    table = BridgeTable.from_entries(rows, ids, weights, (7, 5), n_expert=5)
+    log_probs, listed = torch.randn(4, 2, generator=g) - 3, torch.tensor([[5, -1], [6, 5], [-1, -1], [0, 0]])
+    lists = torch.tensor([0, 2, 3]), torch.tensor([1, 3, 0], dtype=torch.int32), torch.tensor([0, -1, 1, 0])
+    tensors = torch.randn(4, 6, generator=g), log_probs, listed, torch.full((4,), -0.5)
+    tensors = *tensors, *table.columns, table.row_sum, table.spread, *lists
+    return *(t.to(device) for t in tensors), 5, 1.5, False
+
+
+backends.register(
+    "bridge_project(Tensor logits, Tensor? log_probs, Tensor? ids, Tensor? log_weight, Tensor start, Tensor rows, "
+    "Tensor weights, Tensor row_sum, Tensor spread, Tensor? blocked_start, Tensor? blocked, Tensor? previous, int width, "
+    "float temperature, bool normalize) -> (Tensor log_q, Tensor mass, Tensor uncertainty)",
+    reference=reference.bridge_project,
+    fake=_fake,
+    example=_example,
+)
+torch.library.register_autograd(
+    "chassis::bridge_project", _no_gradient, setup_context=lambda ctx, inputs, output: None, lib=backends.library
+)

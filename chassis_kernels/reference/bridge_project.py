@@ -1,0 +1,78 @@
+"""The expert's next-token probabilities as probabilities of base tokens, through a sparse table M [rows, V_B].
+
+    P = w softmax(z / τ) over the expert's tokens  +  the probabilities listed one by one
+    q = Pᵀ M,   mass = Σ_t P(t) Σ_b M[t, b],   u = Σ_t P(t) (1 - max_b M[t, b]) + (1 - Σ_t P(t))
+    with blocked tokens: q(b) = 0 for them, and the rest scaled so that Σ_b q(b) = mass again
+
+What P does not hold (the tail of a top-k) and what M leaves unmapped is in neither q nor mass. It is scaled away only where
+`normalize` asks for q / mass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chassis_kernels.reference.precision import compute_dtype, without_autocast
+
+
+@without_autocast
+def bridge_project(
+    logits: Tensor,  # [N, >= width]
+    log_probs: Tensor | None,  # [N, m], with ids; -1: nothing
+    ids: Tensor | None,  # [N, m] int64, rows of M
+    log_weight: Tensor | None,  # [N], log w; None: 0
+    start: Tensor,  # [V_B + 1], with rows and weights the table's column view
+    rows: Tensor,
+    weights: Tensor,
+    row_sum: Tensor,  # [rows]
+    spread: Tensor,  # [rows] 1 - max_b M[t, b]
+    blocked_start: Tensor | None,  # [lists + 1]
+    blocked: Tensor | None,  # [nnz] int32
+    previous: Tensor | None,  # [N] int64, which list; -1: none
+    width: int,
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log q [N, V_B], mass [N] and u [N]. A row whose logits are all -inf has no probability from them."""
+    dtype = compute_dtype(logits, log_probs, weights)
+    p, share = expert_probabilities(logits[:, :width].to(dtype), log_probs, ids, log_weight, len(row_sum), temperature)
+    base = torch.repeat_interleave(torch.arange(len(start) - 1, device=start.device), start.diff())
+    q = p.new_zeros(len(p), len(start) - 1).index_add(1, base, p[:, rows] * weights.to(dtype))
+    mass = p @ row_sum.to(dtype)
+    uncertainty = p @ spread.to(dtype) + (1 - share).clamp_min(0)
+    factor = torch.ones_like(mass)
+    if previous is not None:
+        kept = torch.ones(q.shape, dtype=torch.bool, device=q.device)
+        kept[blocked_places(blocked_start, blocked, previous)] = False
+        q = torch.where(kept, q, 0.0)
+        rest = q.sum(1)
+        masked = previous >= 0
+        mass = torch.where(masked & (rest == 0), 0.0, mass)
+        factor = torch.where(masked & (rest > 0), mass / rest, factor)
+    if normalize:
+        factor = torch.where(mass > 0, factor / mass, factor)
+    return (q * factor[:, None]).log(), mass, uncertainty
+
+
+def expert_probabilities(z, log_probs, ids, log_weight, n_rows, temperature) -> tuple[Tensor, Tensor]:
+    """P [N, n_rows] and Σ P [N], exactly 1 where nothing is listed and w is 1."""
+    alive = (z > -torch.inf).any(1) if z.shape[1] else torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    share = alive.to(z.dtype) if log_weight is None else torch.where(alive, log_weight.to(z.dtype).exp(), 0.0)
+    p = z.new_zeros(len(z), n_rows)
+    dense = torch.softmax(torch.where(alive[:, None], z, 0.0) / temperature, 1)
+    p[:, : z.shape[1]] = dense * share[:, None]
+    if ids is not None:
+        listed = torch.where(ids >= 0, log_probs.to(z.dtype).exp(), 0.0)
+        p = p.scatter_add(1, ids.clamp_min(0), listed) if n_rows else p
+        share = share + listed.sum(1)
+    return p, share
+
+
+def blocked_places(start: Tensor, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, token) of every blocked token."""
+    rows = (previous >= 0).nonzero()[:, 0]
+    first = start[previous[rows]]
+    count = start[previous[rows] + 1] - first
+    offset = torch.arange(int(count.sum()), device=start.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    return torch.repeat_interleave(rows, count), tokens[torch.repeat_interleave(first, count) + offset].long()

@@ -1,0 +1,403 @@
+"""bridge_project: every backend against the definition in float64; what it does with -inf, tails and blocked tokens."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import rerun_on
+
+from chassis_kernels import BlockedTokens, BridgeTable, backends, bridge_project
+from chassis_kernels.reference import bridge_project as reference
+
+HAVE = [b for b in ("reference", "cpu") if not backends.why_not("bridge_project", b, "cpu")]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST = 1.2e-38  # float32's smallest normal number: below it log q may be -inf
+BUDGET = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(params=HAVE)
+def backend(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+class Problem(NamedTuple):
+    logits: torch.Tensor
+    table: BridgeTable
+    options: dict
+
+    def to(self, dtype):
+        cast = {
+            n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in self.options.items()
+        }
+        return Problem(None if self.logits is None else self.logits.to(dtype), self.table, cast)
+
+
+def make_table(rows, v_b, entries=2, n_expert=None, seed=0, unmapped=0.2):
+    """Shares of up to `entries` base tokens per row, some rows empty, some summing to less than 1."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, v_b, (rows, entries), generator=g)
+    weights = torch.rand(rows, entries, generator=g) * (torch.rand(rows, entries, generator=g) > unmapped)
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+    places = torch.arange(rows)[:, None].expand_as(ids)
+    return BridgeTable.from_entries(places.flatten(), ids.flatten(), weights.flatten(), (rows, v_b), n_expert=n_expert)
+
+
+def problem(n=5, v_e=50, v_b=40, entries=2, listed=0, dense=True, blocked=False, seed=0, scale=3.0, extra=3, **options):
+    """`listed` log-probabilities a row over residual rows and tokens, at most a third of the whole each way."""
+    g = torch.Generator().manual_seed(seed)
+    table = make_table(v_e + 4, v_b, entries, v_e, seed)
+    logits = scale * torch.randn(n, v_e + extra, generator=g) if dense else None
+    if listed or not dense:
+        options["log_probs"] = (
+            torch.log_softmax(torch.randn(n, listed, generator=g), 1) - math.log(3) if listed else (torch.empty(n, 0))
+        )
+        options["ids"] = torch.randint(-1, v_e + 4, (n, listed), generator=g)
+        if dense:
+            options["log_weight"] = -torch.rand(n, generator=g) - math.log(2)
+    if blocked:
+        forbidden = torch.rand(4, v_b, generator=g) < torch.tensor([0.0, 0.3, 0.9, 1.0])[:, None]
+        start = torch.cat([torch.zeros(1, dtype=torch.int64), forbidden.sum(1).cumsum(0)])
+        options["blocked"] = BlockedTokens(start, forbidden.nonzero()[:, 1], v_b)
+        options["previous"] = torch.randint(-1, 4, (n,), generator=g)
+    return Problem(logits, table, options)
+
+
+def double(p):
+    """The definition in float64: log q, mass, uncertainty."""
+    q = p.to(torch.float64)
+    table = BridgeTable(p.table.start, p.table.ids, p.table.weights.double(), p.table.n_base, p.table.n_expert)
+    with backends.use_backend("reference"):
+        return bridge_project(q.logits, table, **q.options)
+
+
+def check(p):
+    """At most twice the error of the eager expression, relative to each row's largest probability; Σ q = mass."""
+    found, right = bridge_project(p.logits, p.table, **p.options), double(p)
+    with backends.use_backend("reference"):
+        eager = bridge_project(p.logits, p.table, **p.options)
+    assert all(t.dtype == torch.float32 for t in found) and not any(t.isnan().any() for t in found)
+    big = right.log_q > math.log(10 * SMALLEST)
+    assert (found.log_q[big].isfinite()).all() and (found.log_q[right.log_q == -torch.inf] == -torch.inf).all()
+    for mine, theirs, true in zip(found, eager, right, strict=True):
+        where = big if mine.dim() == 2 else torch.ones_like(true, dtype=torch.bool)
+        mine, theirs, true = (t.double()[where] for t in (mine, theirs, true))
+        unit = 1 + true.abs()
+        limit = 2 * ((theirs - true).abs() / unit).max() + 1e-6 if len(true) else 0
+        assert not len(true) or ((mine - true).abs() / unit).max() <= limit
+    total = torch.where(right.mass > 0, 1.0, 0.0) if p.options.get("normalize") else found.mass.double()
+    if p.table.n_base:
+        torch.testing.assert_close(found.log_q.double().exp().sum(1), total.double(), rtol=0, atol=1e-6)
+    return found
+
+
+def loops(p):
+    """q, mass and uncertainty of one problem, term by term."""
+    matrix, v_e, options = p.table.dense().double(), p.table.n_expert, p.options
+    n = len(p.logits if p.logits is not None else options["ids"])
+    q, mass, uncertainty = torch.zeros(n, p.table.n_base, dtype=torch.float64), [0.0] * n, [0.0] * n
+    for i in range(n):
+        prob = [0.0] * len(matrix)
+        if p.logits is not None:
+            weight = math.exp(options["log_weight"][i]) if "log_weight" in options else 1.0
+            z = [float(x) / options.get("temperature", 1.0) for x in p.logits[i, :v_e]]
+            total = sum(math.exp(x - max(z)) for x in z)
+            for t in range(v_e):
+                prob[t] += weight * math.exp(z[t] - max(z)) / total
+        if "ids" in options:
+            for t, log_p in zip(options["ids"][i].tolist(), options["log_probs"][i].tolist(), strict=True):
+                if t >= 0:
+                    prob[t] += math.exp(log_p)
+        for t, p_t in enumerate(prob):
+            q[i] += p_t * matrix[t]
+            mass[i] += p_t * float(matrix[t].sum())
+            uncertainty[i] += p_t * (1 - float(matrix[t].max()))
+        uncertainty[i] += 1 - sum(prob)
+        if "previous" in options and options["previous"][i] >= 0:
+            lists = options["blocked"]
+            mine = slice(int(lists.start[options["previous"][i]]), int(lists.start[options["previous"][i] + 1]))
+            q[i, lists.tokens[mine].long()] = 0
+            rest = float(q[i].sum())
+            mass[i] = mass[i] if rest else 0.0
+            q[i] *= mass[i] / rest if rest else 0.0
+        if options.get("normalize") and mass[i]:
+            q[i] /= mass[i]
+    return q, torch.tensor(mass), torch.tensor(uncertainty)
+
+
+@pytest.mark.parametrize("listed", [0, 6])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("options", [{}, {"blocked": True}, {"blocked": True, "normalize": True}], ids=str)
+def test_definition_term_by_term(dense, listed, options):
+    p = problem(v_e=13, v_b=11, listed=listed, dense=dense, temperature=1.5 if dense else 1.0, seed=3, **options)
+    found = double(p)
+    for mine, right in zip((found.log_q.exp(), found.mass, found.uncertainty), loops(p), strict=True):
+        torch.testing.assert_close(mine, right.double(), rtol=1e-6, atol=1e-6)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "part of a wider head": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]],
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("name", HAVE)
+@given(
+    n=st.integers(0, 40),
+    v_e=st.integers(1, 150),
+    v_b=st.integers(1, 150),
+    entries=st.integers(0, 4),
+    listed=st.integers(0, 9),
+    dense=st.booleans(),
+    blocked=st.booleans(),
+    normalize=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    seed=st.integers(0, 99),
+)
+@BUDGET
+def test_values(name, n, v_e, v_b, entries, listed, dense, blocked, normalize, dtype, layout, temperature, seed):
+    options = {"temperature": temperature, "normalize": normalize}
+    p = problem(n, v_e, v_b, entries, listed, dense, blocked, seed, **options).to(dtype)
+    if dense:
+        p = p._replace(logits=LAYOUTS[layout](p.logits))
+    with backends.use_backend(name):
+        check(p)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 5000, 3000), (19, 3001, 1999), (33, 700, 4097)])
+def test_wide_vocabularies(shape, dtype, backend):
+    for options in ({}, {"blocked": True, "listed": 7}):
+        check(problem(*shape, seed=1, **options).to(dtype))
+
+
+def test_identity_table_gives_the_expert_back(backend):
+    """M = 1: q is softmax(z) to the rounding of the two exponentials and the logarithm."""
+    logits = 3 * torch.randn(20, 333, generator=torch.Generator().manual_seed(0))
+    table = BridgeTable(torch.arange(334), torch.arange(333), torch.ones(333), 333)
+    found = bridge_project(logits, table)
+    torch.testing.assert_close(found.log_q, torch.log_softmax(logits, 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.mass, torch.ones(20), rtol=0, atol=5e-7)
+    assert not found.uncertainty.any()
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_large_offsets(offset, backend):
+    p = problem(seed=2)
+    check(p._replace(logits=p.logits + offset))
+
+
+def test_minus_infinity(backend):
+    p = problem(20, blocked=True, seed=4)
+    p.logits[:, ::3] = -torch.inf
+    p.logits[:, 1] = torch.finfo(torch.float32).min
+    check(p)
+    p.logits[2:9] = -torch.inf
+    found = check(p)
+    assert (found.log_q[2:9] == -torch.inf).all() and not found.mass[2:9].any() and (found.uncertainty[2:9] == 1).all()
+
+
+def test_underflow_leaves_no_mass_and_no_nan(backend):
+    p = problem(v_b=200)
+    p.logits[:, 7] += 500
+    found = check(p)
+    assert (found.log_q == -torch.inf).any()
+
+
+def test_a_sure_expert(backend):
+    """P near 1 for one token: log q of its base token is a small number and must not be rounding noise of the sum."""
+    table = BridgeTable(torch.arange(51), torch.arange(50), torch.ones(50), 50)
+    logits = torch.zeros(3, 50)
+    logits[:, 4] = 14.0
+    found, right = bridge_project(logits, table).log_q, torch.log_softmax(logits.double(), 1)
+    assert (found[:, 4] - right[:, 4]).abs().max() <= 2 * torch.finfo(torch.float32).eps
+
+
+def test_unmapped_mass_is_reported_and_only_scaled_away_on_request(backend):
+    table = BridgeTable(torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0]), torch.tensor([1.0, 0.5]), 2)
+    logits = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    found = bridge_project(logits, table)
+    torch.testing.assert_close(found.log_q.exp(), torch.tensor([[0.25, 0.2]]))
+    torch.testing.assert_close(found.mass, torch.tensor([0.45]))
+    torch.testing.assert_close(found.uncertainty, torch.tensor([0.3 + 0.25]))
+    scaled = bridge_project(logits, table, normalize=True)
+    torch.testing.assert_close(scaled.log_q.exp(), torch.tensor([[0.25, 0.2]]) / 0.45)
+    assert torch.equal(scaled.mass, found.mass)
+
+
+def test_tail_of_a_top_k_is_neither_mapped_nor_spread(backend):
+    p = problem(entries=1)
+    log_p = torch.log_softmax(p.logits[:, :50], 1)
+    top, ids = log_p.topk(9)
+    full, cut = bridge_project(p.logits, p.table), bridge_project(None, p.table, log_probs=top, ids=ids)
+    tail = 1 - top.exp().sum(1)
+    assert (cut.log_q <= full.log_q + 1e-6).all() and (cut.mass <= 1 - tail + 1e-6).all()
+    torch.testing.assert_close(cut.uncertainty, (top.exp() * p.table.spread[ids]).sum(1) + tail)
+    every = bridge_project(None, p.table, log_probs=log_p, ids=torch.arange(50).expand(5, -1))
+    torch.testing.assert_close(every.mass, full.mass)
+    torch.testing.assert_close(every.log_q, full.log_q, rtol=1e-5, atol=1e-5)
+
+
+def test_listed_and_dense_parts_add_up(backend):
+    p = problem(listed=5)
+    both = bridge_project(p.logits, p.table, **p.options)
+    dense = bridge_project(p.logits, p.table)
+    listed = bridge_project(None, p.table, log_probs=p.options["log_probs"], ids=p.options["ids"])
+    share = p.options["log_weight"].exp()
+    torch.testing.assert_close(
+        both.log_q.exp(), share[:, None] * dense.log_q.exp() + listed.log_q.exp(), rtol=1e-5, atol=1e-8
+    )
+    nothing = torch.full((5,), -torch.inf)
+    alone = bridge_project(p.logits, p.table, **p.options | {"log_weight": nothing})
+    torch.testing.assert_close(alone.log_q, listed.log_q)
+    torch.testing.assert_close(alone.mass, listed.mass)
+
+
+def test_positions_inside_a_token_condition_on_its_first_bytes(backend):
+    """Tokens a ab abc b c; after the byte a: the residuals b and bc of ab and abc, renormalised over them."""
+    rows, ids = torch.tensor([0, 1, 2, 3, 4, 5, 5]), torch.tensor([0, 0, 0, 1, 2, 1, 2])  # row 5: residual bc
+    table = BridgeTable.from_entries(rows, ids, torch.tensor([1.0, 1, 1, 1, 1, 0.75, 0.25]), (6, 3), n_expert=5)
+    p = torch.tensor([[0.4, 0.1, 0.3, 0.1, 0.1]])
+    members, residuals = torch.tensor([1, 2]), torch.tensor([[3, 5]])
+    found = bridge_project(None, table, log_probs=torch.log_softmax(p.log()[:, members], 1), ids=residuals)
+    torch.testing.assert_close(found.log_q.exp(), torch.tensor([[0.0, 0.25 + 0.75 * 0.75, 0.75 * 0.25]]))
+    torch.testing.assert_close(found.mass, torch.ones(1))
+
+
+def test_blocked_tokens_get_nothing_and_the_rest_their_share(backend):
+    p = problem(40, blocked=True)
+    free, found = bridge_project(p.logits, p.table), check(p)
+    lists, previous = p.options["blocked"], p.options["previous"]
+    for i, which in enumerate(previous.tolist()):
+        if which < 0:
+            assert torch.equal(found.log_q[i], free.log_q[i])
+            continue
+        banned = lists.tokens[lists.start[which] : lists.start[which + 1]].long()
+        kept = torch.ones(40, dtype=torch.bool).index_fill(0, banned, False)
+        assert (found.log_q[i, banned] == -torch.inf).all()
+        shift = (found.log_q[i] - free.log_q[i])[kept & (free.log_q[i] > -torch.inf)]
+        assert not len(shift) or shift.max() - shift.min() <= 1e-5
+    assert not found.mass[previous == 3].any() and (previous == 3).any()
+
+
+@pytest.mark.parametrize("empty", [{"n": 0}, {"entries": 0}, {"v_b": 1}, {"v_e": 1}, {"dense": False, "listed": 0}], ids=str)
+def test_empty_inputs(empty, backend):
+    for blocked in (False, True):
+        found = check(problem(blocked=blocked, **empty))
+        if "entries" in empty or "dense" in empty:
+            assert (found.log_q == -torch.inf).all() and not found.mass.any()
+            torch.testing.assert_close(found.uncertainty, torch.ones(5))
+
+
+def test_empty_table(backend):
+    nothing = BridgeTable(torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), 0)
+    found = bridge_project(torch.empty(3, 0), nothing)
+    assert found.log_q.shape == (3, 0) and not found.mass.any() and (found.uncertainty == 1).all()
+
+
+def test_logits_wider_than_the_table_are_cut(backend):
+    p = problem(extra=0)
+    wide = torch.cat([p.logits, torch.full((5, 9), 70.0)], 1)
+    for narrow, padded in zip(bridge_project(p.logits, p.table), bridge_project(wide, p.table), strict=True):
+        assert torch.equal(narrow, padded)
+
+
+def test_threads_and_neighbours_do_not_change_a_bit(backend):
+    p = problem(70, 900, 800, listed=3, blocked=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(bridge_project(p.logits, p.table, **p.options))
+    finally:
+        torch.set_num_threads(before)
+    if backend == "cpu":
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_opcheck(backend):
+    torch.library.opcheck(torch.ops.chassis.bridge_project.default, backends.OPS["bridge_project"].example("cpu"))
+
+
+def test_autocast(backend):
+    p = problem(listed=3)
+    plain = bridge_project(p.logits, p.table, **p.options)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = bridge_project(p.logits, p.table, **p.options)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_compiled_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    p = problem()
+    p.table.columns, p.table.row_sum, p.table.spread  # noqa: B018 - built once per table, outside the graph
+
+    def step(logits):
+        return bridge_project(logits, p.table, temperature=1.5)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 3):
+        for a, b in zip(step(p.logits[:rows]), compiled(p.logits[:rows]), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_backward_pass_is_refused(backend):
+    p = problem()
+    with pytest.raises(RuntimeError, match="no gradient: detach"):
+        bridge_project(p.logits.requires_grad_(), p.table).log_q.sum().backward()
+
+
+def test_the_reference_has_gradients():
+    p = problem(3, 9, 8, extra=0).to(torch.float64)
+    table = p.table
+    view = (*table.columns[:2], table.weights.double()[torch.argsort(table.ids, stable=True)])
+
+    def mapped(z):
+        blocks = (None,) * 3
+        log_q, mass, uncertainty = reference.bridge_project(
+            z, None, None, None, *view, table.row_sum.double(), table.spread.double(), *blocks, 9, 1.5, False
+        )
+        return log_q.exp(), mass, uncertainty
+
+    assert torch.autograd.gradcheck(mapped, p.logits.requires_grad_())
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set(isa):
+    rerun_on(isa, __file__, "values or wide or infinity or empty or sure or blocked")
+
+
+def test_what_does_not_fit_is_refused():
+    p = problem(listed=2, blocked=True)
+    logits, table, given = p.logits, p.table, p.options
+    for z, options, message in (
+        (None, {}, "neither logits"),
+        (logits[0], {}, r"expected \[N, >= 50\]"),
+        (logits[:, :49], {}, r"expected \[N, >= 50\]"),
+        (logits.long(), {}, "logits are torch.int64"),
+        (logits, {"ids": given["ids"]}, "one is missing"),
+        (logits, {"log_probs": given["log_probs"], "ids": given["ids"]}, "need log_weight"),
+        (None, {"log_probs": given["log_probs"], "ids": given["ids"].int()}, "ids torch.int32"),
+        (None, {"log_probs": given["log_probs"], "ids": given["ids"] + 54}, r"ids hold 5\d to \d+: expected -1..53"),
+        (logits, {"log_weight": torch.zeros(4)}, r"log_weight is \(4,\)"),
+        (logits, {"temperature": 0.0}, "temperature is 0"),
+        (logits, {"previous": given["previous"]}, "one is missing"),
+        (logits, {"blocked": given["blocked"], "previous": torch.full((5,), 4)}, "previous hold 4 to 4: expected -1..3"),
+        (logits, {"blocked": given["blocked"], "previous": given["previous"].float()}, "previous is torch.float32"),
+        (
+            logits,
+            {"blocked": BlockedTokens(torch.zeros(1).long(), torch.empty(0).long(), 39), "previous": given["previous"]},
+            "blocked is for 39 base tokens",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bridge_project(z, table, **options)
