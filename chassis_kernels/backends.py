@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why.
 
 Every op is registered once, with `register`: its torch.library schema, its fake-tensor rule and one implementation per
-backend. `reference` is eager PyTorch and always there; `cpu` is the C++ extension; `triton` and `cuda` need a GPU.
+backend. `reference` is eager PyTorch and always there; `cpu` is the C++ extension; `triton` and `cuda` need a GPU, except
+that Triton's interpreter (TRITON_INTERPRET=1) runs `triton` on CPU tensors where it is asked for.
 Without an override the first backend in `PREFERENCE` that is built, takes the dtypes and is verified runs. With one
 (`use_backend("cpu")` or CHASSIS_BACKEND=cpu) exactly that backend runs, or the call raises.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +31,7 @@ else:
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+GPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 library = torch.library.Library("chassis", "DEF")
@@ -44,6 +49,15 @@ class Implementation:
     run: Callable
     dtypes: frozenset[torch.dtype] | None = None  # None: any floating dtype
     verified: str = ""  # hardware it was last verified on; empty: compiled, not verified
+
+
+def triton_kernel(file: str, name: str, verified: str = "") -> Implementation:
+    """`name` of chassis_kernels/triton/<file>.py, imported by the first call: it needs triton, this package does not."""
+
+    def run(*args):
+        return getattr(importlib.import_module(f"chassis_kernels.triton.{file}"), name)(*args)
+
+    return Implementation(run, GPU_DTYPES, verified)
 
 
 @dataclass
@@ -117,12 +131,31 @@ def why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype] = froze
         return f"the C++ extension is not built ({_C_ERROR}); install a C++17 compiler and reinstall chassis-kernels"
     if backend == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
-    if backend in ("triton", "cuda") and device != "cuda":
+    if backend == "triton" and not have_triton():
+        return "triton is not installed; `pip install 'chassis-kernels[gpu]'` brings it"
+    interpretable = backend == "triton" and device == "cpu"
+    if interpretable and not interpreting():
+        return "the tensors are on cpu, not on a GPU, and TRITON_INTERPRET=1 was not set when Python started"
+    if backend in ("triton", "cuda") and device != "cuda" and not interpretable:
         return f"the tensors are on {device}, not on a GPU"
     unsupported = dtypes - implementation.dtypes if implementation.dtypes is not None else set()
     if unsupported:
         return f"it does not take {', '.join(sorted(str(d) for d in unsupported))}"
     return ""
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter: TRITON_INTERPRET, set before triton was first imported."""
+    if os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on", "yes", "y"):
+        return False
+    language = sys.modules.get("triton.language")
+    return language is None or type(language.sum).__name__ != "JITFunction"
 
 
 @contextlib.contextmanager
@@ -138,10 +171,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def capabilities() -> list[dict]:
-    """One row per op and backend: {op, backend, built, executed, verified, note}.
+    """One row per op and backend: {op, backend, built, executed, interpreted, verified, note}.
 
     Each op's example is run here and held against the reference: `executed` is False, and `note` says why, where it cannot
-    run, fails or disagrees.
+    run, fails or disagrees. `interpreted`: it ran, but in Triton's interpreter, not as the machine code of a GPU.
     """
     rows = []
     for op in OPS.values():
@@ -151,8 +184,9 @@ def capabilities() -> list[dict]:
                 {
                     "op": op.name,
                     "backend": backend,
-                    "built": backend != "cpu" or _C is not None,
+                    "built": {"cpu": _C is not None, "triton": have_triton()}.get(backend, True),
                     "executed": not note,
+                    "interpreted": backend == "triton" and not note and interpreting(),
                     "verified": implementation.verified or "compiled, not verified",
                     "note": note,
                 }
@@ -162,7 +196,8 @@ def capabilities() -> list[dict]:
 
 def _try(op: Op, backend: str) -> str:
     """Why the example of `op` does not give on `backend` what the reference gives; empty when it does."""
-    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    interpreted = backend == "triton" and interpreting()
+    device = "cuda" if backend in ("triton", "cuda") and not interpreted else "cpu"
     reason = why_not(op.name, backend, device)
     if reason:
         return reason

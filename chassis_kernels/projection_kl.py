@@ -273,6 +273,7 @@ backends.register(
     fake=_fake_top,
     example=_example_top,
     cpu=backends.Implementation(_cpu_top, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("top_columns", "top_columns"),
 )
 torch.library.register_autograd(
     "chassis::projection_kl", _backward, setup_context=_setup_context, lib=backends.library

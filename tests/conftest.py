@@ -1,6 +1,12 @@
 """What several test files share: the testbed, trained once per cache, and random models built on the spot."""
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
 SMALL = {"initializer_range": 0.2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0}
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **SMALL}
@@ -54,3 +60,11 @@ def tiny_lm(tiny_tokenizer):
             return AutoModelForCausalLM.from_config(config).eval()
 
     return make
+
+
+@pytest.fixture
+def int32_overflow_stops(monkeypatch):
+    """Triton's interpreter raises where an int32 product or sum overflows, and copies no storage onto itself afterwards."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)

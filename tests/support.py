@@ -1,5 +1,6 @@
-"""Helpers of several test files: documents, tiny models, live tensor memory, other instruction sets."""
+"""Helpers of several test files: documents, tiny models, live tensor memory, other instruction sets, rows far apart."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def rerun_on(isa: str, file: str, claims: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows [N, W], 2^30 elements from each other, in memory that is reserved but not filled."""
+    apart, itemsize = 2**30, rows.element_size()
+    size = (apart * (len(rows) - 1) + rows.shape[1]) * itemsize
+    no_reserve = 0x4000  # MAP_NORESERVE on Linux
+    space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    strided = torch.frombuffer(space, dtype=rows.dtype).as_strided(rows.shape, (apart, 1))
+    return strided.copy_(rows)
 
 
 class LiveMemory(TorchDispatchMode):

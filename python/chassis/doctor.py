@@ -67,7 +67,9 @@ def print_findings(findings: dict, console) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("last verified", overflow="fold")
     for row in findings["capabilities"]:
-        answers = (Text("yes", "green") if row[name] else Text("no", "yellow") for name in ("built", "executed"))
+        answers = [Text("yes", "green") if row[name] else Text("no", "yellow") for name in ("built", "executed")]
+        if row["interpreted"]:
+            answers[1] = Text("interpreted", "yellow")
         table.add_row(row["op"], row["backend"], *answers, Text(row["verified"]))
     console.print(table)
     for backend, note in dict.fromkeys((r["backend"], r["note"]) for r in findings["capabilities"] if r["note"]):

@@ -1,0 +1,58 @@
+"""What the Triton kernels share: launching one with its tuning entry, and small device functions.
+
+A kernel's index arithmetic starts from `tl.program_id(axis).to(tl.int64)`; row lengths and strides may pass 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chassis_kernels import backends
+from chassis_kernels.triton import tuning
+
+LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E): hosts pass LOG2E / τ, which costs the kernel nothing
+LN2 = tl.constexpr(0.6931471805599453)
+MINUS_INFINITY = tl.constexpr(float("-inf"))
+
+
+def launch(op: str, kernel, grid: Callable[[dict], tuple[int, ...]], size: int, **arguments) -> None:
+    """Run `kernel(**arguments)` with the tuning entry of `op` for a problem of `size`, on its tensors' device.
+
+    `grid` makes the numbers of programs from the entry; where one is 0 there is nothing to do.
+    """
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    meta = tuning.entry(op, kernel.__name__, size, *_describe(device))
+    programs = grid(meta)
+    if 0 in programs:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        run(op, kernel, programs, arguments, meta)
+
+
+def run(op: str, kernel, programs: tuple[int, ...], arguments: dict, meta: dict) -> None:
+    """Every launch ends here. Products and sums may fuse: that rounds once less."""
+    kernel[programs](**arguments, **meta, enable_fp_fusion=True)
+
+
+@functools.cache
+def _describe(device: torch.device) -> tuple[str, str]:
+    """Name and architecture of a device, as the tuning tables call them."""
+    if backends.interpreting():
+        return "interpreter", "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.name, properties.gcnArchName.split(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
+
+
+@triton.jit
+def finite_max(x, axis: tl.constexpr):
+    """The largest value along an axis, but at least the lowest float: z - finite_max(z) is -inf, not NaN, for -inf z."""
+    return tl.maximum(tl.max(x, axis), -3.4028234663852886e38)
