@@ -81,7 +81,8 @@ def test_pins_lie_within_the_ranges(python):
     here = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": python})]
     versions = {pin.name: next(iter(pin.specifier)).version for pin in here}
     assert len(versions) == len(here) and "triton" not in versions and versions["torch"] == "2.13.0"
-    for name, requirement in (requirements() | requirements("dev")).items():
+    pinned = requirements() | {name: r for name, r in requirements("dev").items() if name != "triton"}
+    for name, requirement in pinned.items():
         assert requirement.specifier.contains(versions[name]), requirement
 
 
