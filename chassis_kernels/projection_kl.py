@@ -13,12 +13,12 @@ from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks, check_chunks, layout
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
-from chassis_kernels.reference.projection_kl import ProjectionKLStats
+from chassis_kernels.reference.projection_kl import DIVERGENCES, ProjectionKLStats
 from chassis_kernels.sparse import SparseProjection
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor start, Tensor rows, Tensor weights, Tensor columns, Tensor student_chunk, "
-    "Tensor teacher_chunk, int width, int chunks, float temperature, bool reverse"
+    "Tensor teacher_chunk, Tensor? labels, int width, int chunks, float temperature, int divergence, bool tail"
 )
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -31,39 +31,52 @@ def projection_kl(
     *,
     temperature: float = 1.0,
     vocab_topk: int = 8192,
-    reverse: bool = False,
+    divergence: str = "forward",
+    tail: bool = False,
     exact_only: bool = False,
     sample_mask: Tensor | None = None,  # [B] weights
     column_mask: Tensor | None = None,  # [B, T_t] bool
     columns: Tensor | None = None,  # [k] int64
     denominator: Tensor | float | None = None,
+    labels: Tensor | None = None,  # [B, T_s] int64, -1: none
+    label_weight: Tensor | None = None,  # [B, T_s]
     grad_buffer: Tensor | None = None,  # [B, T_s, >= V_s]
 ) -> tuple[Tensor, ProjectionKLStats]:
     """τ² Σ sample_mask KL_chunk / D in nats, [] float32 (float64 if logits are), and ProjectionKLStats.
 
-    KL(teacher ‖ student) per chunk, or with `reverse` KL(student ‖ teacher), within the `vocab_topk` teacher columns that
-    reach the largest logit anywhere in the batch (positions outside `column_mask` do not vote; ties go to the lowest id), or
-    within `columns`. Logits beyond the tokenizers' sizes are left out. `exact_only` keeps chunks marked correct. D is
-    `denominator`, else the number of chunks that count; at least 1. A teacher logit of -inf adds nothing forward.
+    Per chunk KL(teacher ‖ student) ("forward"), KL(student ‖ teacher) ("reverse") or Jensen-Shannon ("js", at most log 2)
+    within the `vocab_topk` teacher columns that reach the largest logit anywhere in the batch (positions outside
+    `column_mask` do not vote; ties go to the lowest id), or within `columns`; with `tail` the mass outside them is one more
+    outcome on both sides. Logits beyond the tokenizers' sizes are left out. `exact_only` keeps chunks marked correct. D is
+    `denominator`, else the number of chunks that count; at least 1. A teacher logit of -inf adds nothing but to "reverse".
+
+    labels: the token that each position predicts. stats.nll is then its -log p at temperature 1, from the same read of the
+    logits, and Σ label_weight · nll, where given, is added to the loss.
 
     Differentiable in student_logits; logits float32, bfloat16, float16 (float64: reference backend).
     grad_buffer, of the logits' shape and dtype: the gradient is written there in the same pass as the loss, and backward
     returns it, once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused
-    where no gradient is asked for.
+    where no gradient is asked for. The loss alone has a gradient then: labels need a label_weight.
 
     Raises ValueError for shapes, dtypes or ids that do not fit. Method: "x-token" distillation, projection of chunk means.
     """
     check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask)
-    _check(teacher_logits, projection, temperature, vocab_topk, column_mask, columns)
+    _check(teacher_logits, projection, temperature, vocab_topk, divergence, column_mask, columns)
+    _check_labels(student_logits, projection.n_student, labels, label_weight)
     if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
-        _check_buffer(grad_buffer, student_logits)
+        _check_buffer(grad_buffer, student_logits, labels, label_weight)
         plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
         weight = reference.chunk_weights(plan, temperature, denominator)
+        if label_weight is not None:
+            label_weight = label_weight.detach().flatten().to(weight.dtype)
         with torch.no_grad():
-            options = temperature, vocab_topk, reverse, column_mask, columns, _top
-            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, *options)
-        loss, kl, agree = _IntoBuffer.apply(student_logits, grad_buffer, weight, *arguments[1:])
-        return loss, reference.stats(plan, kl, agree, chunks, arguments[5])
+            if columns is None:
+                columns = reference.choose_columns(teacher_logits, projection, column_mask, vocab_topk, _top)
+            options = float(temperature), DIVERGENCES.index(divergence), tail
+            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, columns, labels, options)
+        loss, kl, agree, nll = _IntoBuffer.apply(student_logits, grad_buffer, weight, label_weight, *arguments[1:])
+        stats = reference.stats(plan, kl, agree, chunks, columns)
+        return loss, stats if labels is None else stats._replace(nll=nll.view(labels.shape))
     return reference.loss(
         student_logits,
         teacher_logits,
@@ -71,12 +84,15 @@ def projection_kl(
         chunks,
         temperature=temperature,
         vocab_topk=vocab_topk,
-        reverse=reverse,
+        divergence=divergence,
+        tail=tail,
         exact_only=exact_only,
         sample_mask=sample_mask,
         column_mask=column_mask,
         columns=columns,
         denominator=denominator,
+        labels=labels,
+        label_weight=label_weight,
         op=torch.ops.chassis.projection_kl,
         select=_top,
     )
@@ -86,11 +102,13 @@ class _IntoBuffer(torch.autograd.Function):
     """The loss and, in the same pass, its gradient in the caller's buffer; backward hands the buffer over, once."""
 
     @staticmethod
-    def forward(ctx, student_logits, buffer, weight, *arguments):
+    def forward(ctx, student_logits, buffer, weight, label_weight, *arguments):
         student, ctx.buffer = student_logits.detach().flatten(0, 1), buffer.detach()
-        kl, agree = torch.ops.chassis.projection_kl_(ctx.buffer.flatten(0, 1), weight, student, *arguments)
-        ctx.mark_non_differentiable(kl, agree)
-        return torch.where(weight != 0, weight * kl, 0.0).sum(), kl, agree
+        weights = weight, label_weight
+        kl, agree, nll = torch.ops.chassis.projection_kl_(ctx.buffer.flatten(0, 1), *weights, student, *arguments)
+        ctx.mark_non_differentiable(kl, agree, nll)
+        loss = reference.weighted_sum(kl, weight)
+        return loss if label_weight is None else loss + reference.weighted_sum(nll, label_weight), kl, agree, nll
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -99,18 +117,20 @@ class _IntoBuffer(torch.autograd.Function):
             raise RuntimeError("projection_kl with grad_buffer allows one backward: the buffer was handed over already")
         if grad.device.type != "cpu" or grad != 1:
             buffer.mul_(grad.to(buffer.dtype) if buffer.dtype == torch.float64 else grad)
-        return buffer, *(None,) * 13
+        return buffer, *(None,) * 16
 
 
 def _top(teacher: Tensor, keep: Tensor | None, k: int) -> Tensor:
     return torch.ops.chassis.top_columns(teacher, keep, k)
 
 
-def _check(teacher, projection, temperature, vocab_topk, column_mask, columns) -> None:
+def _check(teacher, projection, temperature, vocab_topk, divergence, column_mask, columns) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: expected a positive number")
     if vocab_topk < 1:
         raise ValueError(f"vocab_topk is {vocab_topk}: expected at least 1")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
     if column_mask is not None and (column_mask.shape != teacher.shape[:2] or column_mask.dtype != torch.bool):
         raise ValueError(
             f"column_mask is {column_mask.dtype} {tuple(column_mask.shape)}, expected torch.bool {tuple(teacher.shape[:2])}"
@@ -123,7 +143,24 @@ def _check(teacher, projection, temperature, vocab_topk, column_mask, columns) -
             raise ValueError(f"columns hold ids from {low} to {high}, but there are {projection.n_teacher} teacher tokens")
 
 
-def _check_buffer(buffer: Tensor, logits: Tensor) -> None:
+def _check_labels(logits: Tensor, size: int, labels: Tensor | None, weight: Tensor | None) -> None:
+    shape = tuple(logits.shape[:2])
+    if labels is not None and (labels.shape != shape or labels.dtype != torch.int64):
+        raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 {shape}")
+    if labels is not None and labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= size:
+            raise ValueError(f"labels hold ids from {low} to {high}, expected -1..{size - 1}, -1 for none")
+    if weight is not None and (labels is None or weight.shape != shape):
+        given = "no labels" if labels is None else f"shape {tuple(weight.shape)}"
+        raise ValueError(f"label_weight comes with {given}, expected labels and shape {shape}")
+
+
+def _check_buffer(buffer: Tensor, logits: Tensor, labels: Tensor | None, label_weight: Tensor | None) -> None:
+    if labels is not None and label_weight is None:
+        raise ValueError(
+            "labels with grad_buffer need a label_weight: what is in the buffer is the gradient of the loss alone"
+        )
     if buffer.shape != logits.shape or buffer.dtype != logits.dtype or buffer.device != logits.device:
         raise ValueError(
             f"grad_buffer is {buffer.dtype} {tuple(buffer.shape)}, expected the logits' {logits.dtype} {tuple(logits.shape)}"
@@ -133,88 +170,94 @@ def _check_buffer(buffer: Tensor, logits: Tensor) -> None:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.width, ctx.chunks, ctx.temperature, ctx.reverse = inputs
-    _, agree, row_max, row_scale = output
-    ctx.mark_non_differentiable(agree, row_max, row_scale)
-    ctx.save_for_backward(*tensors, row_max, row_scale)
+    *tensors, ctx.width, ctx.chunks, ctx.temperature, ctx.divergence, ctx.tail = inputs
+    _, agree, _, *rows = output
+    ctx.mark_non_differentiable(agree, *rows)
+    ctx.save_for_backward(*tensors, *rows)
 
 
-def _backward(ctx, grad, *_):
-    *tensors, row_max, row_scale = ctx.saved_tensors
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 12
-    options = ctx.width, ctx.chunks, ctx.temperature, ctx.reverse
-    return torch.ops.chassis.projection_kl_backward(grad, *tensors, *options, row_max, row_scale), *(None,) * 11
+def _backward(ctx, grad, agree, grad_nll, *_):
+    *tensors, row_max, row_scale, ce_scale = ctx.saved_tensors
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 14
+    if grad is None:
+        grad = row_max.new_zeros(ctx.chunks)
+    inputs = *tensors, ctx.width, ctx.chunks, ctx.temperature, ctx.divergence, ctx.tail
+    grad_nll = None if tensors[8] is None else grad_nll
+    rows = row_max, row_scale, ce_scale
+    return torch.ops.chassis.projection_kl_backward(grad, grad_nll, *inputs, *rows), *(None,) * 13
 
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError("projection_kl has no second derivative: use xtoken_loss(..., eager=True)")
 
 
-def _reference_(out, weight, *arguments):
-    kl, agree, row_max, row_scale = reference.projection_kl(*arguments)
-    out.copy_(reference.projection_kl_backward(weight, *arguments, row_max, row_scale))
-    return kl, agree
+def _reference_(out, weight, nll_weight, *arguments):
+    kl, agree, nll, *rows = reference.projection_kl(*arguments)
+    out.copy_(reference.projection_kl_backward(weight, nll_weight, *arguments, *rows))
+    return kl, agree, nll
 
 
-def _cpu(student, teacher, *arguments):
-    chunks, rows = arguments[-3], student.shape[0]
-    out = torch.empty(chunks), torch.empty(chunks, dtype=torch.bool), torch.empty(rows), torch.empty(rows)
-    _call((student, teacher, *arguments), out)
+def _cpu(*arguments):
+    out = _outputs(*arguments)
+    _call(arguments, out)
     return out
 
 
-def _cpu_backward(grad, student, teacher, *arguments):
-    *arguments, row_max, row_scale = arguments
+def _cpu_backward(grad, grad_nll, student, *arguments):
+    *arguments, row_max, row_scale, ce_scale = arguments
     out = torch.empty(student.shape, dtype=student.dtype)
-    stats = row_max.contiguous(), row_scale.contiguous()
-    _call((student, teacher, *arguments), (None, None, *stats), out, grad.float().contiguous(), known=True)
+    rows = row_max.contiguous(), row_scale.contiguous(), ce_scale.contiguous()
+    _call((student, *arguments), (None, None, None, *rows), out, (grad, grad_nll), known=True)
     return out
 
 
-def _cpu_(out, weight, student, teacher, *arguments):
-    chunks, rows = arguments[-3], student.shape[0]
-    kl, agree = torch.empty(chunks), torch.empty(chunks, dtype=torch.bool)
-    result = kl, agree, torch.empty(rows), torch.empty(rows)
-    _call((student, teacher, *arguments), result, out, weight.float().contiguous())
-    return kl, agree
+def _cpu_(out, weight, nll_weight, *arguments):
+    result = _outputs(*arguments)
+    _call(arguments, result, out, (weight, nll_weight))
+    return result[:3]
 
 
-def _call(inputs, result, grad=None, weight=None, known=False) -> None:
-    """The extension's projection_kl, on arguments made contiguous; `result` is kl, agree, row_max and row_scale."""
+def _outputs(student, teacher, *arguments) -> tuple[Tensor, ...]:
+    """Room for kl, agree, nll, row_max, row_scale and ce_scale."""
+    labels, chunks, rows, dtype = arguments[6], arguments[8], student.shape[0], compute_dtype(student, teacher)
+    labelled = 0 if labels is None else rows
+    kl, agree = student.new_empty(chunks, dtype=dtype), student.new_empty(chunks, dtype=torch.bool)
+    return kl, agree, *(student.new_empty(size, dtype=dtype) for size in (labelled, rows, rows, labelled))
+
+
+def _call(inputs, result, grad=None, upstream=(None, None), known=False) -> None:
+    """The extension's projection_kl, on arguments made contiguous; `result` as `_outputs` has it."""
     student, teacher = (backends.rows_contiguous(t) for t in inputs[:2])
-    tensors = [t.contiguous() for t in inputs[2:8]]
-    start, rows, weights, columns, student_chunk, teacher_chunk = (t.data_ptr() for t in tensors)
-    width, chunks, temperature, reverse = inputs[8:]
+    tensors = [None if t is None else t.contiguous() for t in inputs[2:9]]
+    upstream = [None if t is None else t.float().contiguous() for t in upstream]
+    start, rows, weights, columns, student_chunk, teacher_chunk, labels = map(_address, tensors)
+    width, chunks, temperature, divergence, tail = inputs[9:]
     backends._C.projection_kl(
         backends.matrix_args(student),
         backends.matrix_args(teacher),
-        (start, rows, weights),
+        (start, rows, weights, len(tensors[0]) - 1),
         (columns, len(tensors[3])),
         (student_chunk, teacher_chunk, chunks),
+        labels,
         width,
-        temperature,
-        reverse,
-        tuple(0 if t is None else t.data_ptr() for t in result),
+        (temperature, divergence, tail),
+        tuple(map(_address, result)),
         known,
         backends.matrix_args(grad),
-        0 if weight is None else weight.data_ptr(),
+        tuple(map(_address, upstream)),
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _cpu_top(teacher, keep, k):
     out = torch.empty(min(k, teacher.shape[1]), dtype=torch.int64)
     teacher, keep = backends.rows_contiguous(teacher), None if keep is None else keep.contiguous()
-    backends._C.top_columns(
-        backends.matrix_args(teacher), 0 if keep is None else keep.data_ptr(), len(out), out.data_ptr()
-    )
+    backends._C.top_columns(backends.matrix_args(teacher), 0 if keep is None else keep.data_ptr(), len(out), out.data_ptr())
     return out
-
-
-def _fake(student, teacher, *arguments):
-    dtype, chunks = compute_dtype(student, teacher), arguments[-3]
-    row = student.new_empty(student.shape[0], dtype=dtype)
-    return student.new_empty(chunks, dtype=dtype), student.new_empty(chunks, dtype=torch.bool), row, torch.empty_like(row)
 
 
 def _fake_top(teacher, keep, k):
@@ -226,19 +269,25 @@ def _example(device: str) -> tuple:
     student, teacher = (torch.randn(shape, generator=generator) for shape in ((5, 7), (4, 6)))
     ids = torch.tensor([[0, 5], [1, -1], [2, 1], [3, -1], [0, 2], [4, 3], [-1, -1]])
     view = SparseProjection(ids, torch.rand(7, 2, generator=generator), 6).columns
-    columns, chunk_s, chunk_t = (torch.tensor(t) for t in ([0, 1, 3, 5], [0, 0, -1, 1, 2], [0, 1, 1, -1]))
-    tensors = (t.to(device) for t in (student, teacher, *view, columns, chunk_s, chunk_t))
-    return *tensors, 7, 3, 2.0, False
+    ids = ([0, 1, 3, 5], [0, 0, -1, 1, 2], [0, 1, 1, -1], [2, -1, 6, 0, -1])
+    tensors = (student, teacher, *view, *(torch.tensor(t) for t in ids))
+    return *(t.to(device) for t in tensors), 7, 3, 2.0, DIVERGENCES.index("js"), True
 
 
 def _example_backward(device: str) -> tuple:
+    *upstream, _ = _example_weights(device)
     arguments = _example(device)
-    return torch.tensor([0.5, -2.0, 1.0], device=device), *arguments, *reference.projection_kl(*arguments)[2:]
+    return *upstream, *arguments, *reference.projection_kl(*arguments)[3:]
 
 
 def _example_into(device: str) -> tuple:
-    arguments = _example(device)
-    return torch.empty_like(arguments[0]), torch.tensor([0.5, -2.0, 1.0], device=device), *arguments
+    *upstream, out = _example_weights(device)
+    return out, *upstream, *_example(device)
+
+
+def _example_weights(device: str) -> tuple[Tensor, ...]:
+    grad, grad_nll = ([0.5, -2.0, 1.0], [1.0, 3.0, 0.0, -0.5, 2.0])
+    return *(torch.tensor(t, device=device) for t in (grad, grad_nll)), torch.empty(5, 7, device=device)
 
 
 def _example_top(device: str) -> tuple:
@@ -246,24 +295,25 @@ def _example_top(device: str) -> tuple:
 
 
 backends.register(
-    f"projection_kl({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"projection_kl({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.projection_kl,
-    fake=_fake,
+    fake=_outputs,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
-    f"projection_kl_backward(Tensor grad, {_INPUTS}, Tensor row_max, Tensor row_scale) -> Tensor",
+    f"projection_kl_backward(Tensor grad, Tensor? grad_nll, {_INPUTS}, Tensor row_max, Tensor row_scale, Tensor ce_scale) "
+    "-> Tensor",
     reference=reference.projection_kl_backward,
-    fake=lambda grad, student, *arguments: torch.empty_like(student),
+    fake=lambda grad, grad_nll, student, *arguments: torch.empty_like(student),
     example=_example_backward,
-    inputs=slice(1, None),
+    inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
 )
 backends.register(
-    f"projection_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> (Tensor, Tensor)",
+    f"projection_kl_(Tensor(a!) out, Tensor weight, Tensor? nll_weight, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     reference=_reference_,
-    fake=lambda out, weight, *arguments: _fake(*arguments)[:2],
+    fake=lambda out, weight, nll_weight, *arguments: _outputs(*arguments)[:3],
     example=_example_into,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
 )
@@ -275,9 +325,7 @@ backends.register(
     cpu=backends.Implementation(_cpu_top, _CPU_DTYPES, "x86-64"),
     triton=backends.triton_kernel("top_columns", "top_columns"),
 )
-torch.library.register_autograd(
-    "chassis::projection_kl", _backward, setup_context=_setup_context, lib=backends.library
-)
+torch.library.register_autograd("chassis::projection_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(
     "chassis::projection_kl_backward",
     _no_second_derivative,

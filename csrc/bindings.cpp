@@ -127,15 +127,19 @@ PYBIND11_MODULE(_C, m) {
                                 {pointer<float>(u), pointer<float>(v), pointer<float>(c)}));
   });
   m.def("projection_kl", [](const py::object& student, const py::object& teacher, const py::tuple& projection,
-                            const py::tuple& columns, const py::tuple& chunks, int64_t width, float temperature, bool reverse,
-                            const py::tuple& result, bool known, const py::object& grad, uintptr_t weight) {
+                            const py::tuple& columns, const py::tuple& chunks, uintptr_t labels, int64_t width,
+                            const py::tuple& options, const py::tuple& result, bool known, const py::object& grad,
+                            const py::tuple& upstream) {
     auto at = [](const py::tuple& pointers, int i) { return pointers[i].cast<uintptr_t>(); };
     chassis::ProjectionKL args{matrix(student), matrix(teacher), pointer<int64_t>(at(projection, 0)),
                                pointer<int32_t>(at(projection, 1)), pointer<float>(at(projection, 2)),
-                               pointer<int64_t>(at(columns, 0)), columns[1].cast<int64_t>(), pointer<int64_t>(at(chunks, 0)),
-                               pointer<int64_t>(at(chunks, 1)), width, chunks[2].cast<int64_t>(), temperature, reverse};
+                               projection[3].cast<int64_t>(), pointer<int64_t>(at(columns, 0)), columns[1].cast<int64_t>(),
+                               pointer<int64_t>(at(chunks, 0)), pointer<int64_t>(at(chunks, 1)), pointer<int64_t>(labels),
+                               width, chunks[2].cast<int64_t>(), options[0].cast<float>(), options[1].cast<int64_t>(),
+                               options[2].cast<bool>()};
     chassis::ProjectionKLResult out{pointer<float>(at(result, 0)), pointer<bool>(at(result, 1)), pointer<float>(at(result, 2)),
-                                    pointer<float>(at(result, 3)), known, matrix(grad), pointer<float>(weight)};
+                                    pointer<float>(at(result, 3)), pointer<float>(at(result, 4)), pointer<float>(at(result, 5)),
+                                    known, matrix(grad), pointer<float>(at(upstream, 0)), pointer<float>(at(upstream, 1))};
     DISPATCH(projection_kl(args, out));
   });
   m.def("top_columns", [](const py::object& logits, uintptr_t keep, int64_t k, uintptr_t out) {

@@ -147,16 +147,16 @@ def _teacher(step: Step, i: int) -> tuple[Tensor, Metrics]:
     else:
         common = {
             "temperature": config.temperature,
-            "reverse": config.reverse_kl,
             "sample_mask": student.sample_mask,
             "denominator": _denominator(step, i),
         }
         arguments = student.logits, teacher.logits, teacher.projection, teacher.chunks
         if config.uses_gold(i):
             common |= {"uncommon_topk": config.uncommon_topk, "relaxed": config.uses_relaxed(i)}
-            kd, metrics = step.kernels.gold_kl(*arguments, **common)
+            kd, metrics = step.kernels.gold_kl(*arguments, **common, reverse=config.reverse_kl)
         else:
             common |= {"vocab_topk": config.vocab_topk, "exact_only": config.exact_token_match_only}
+            common |= {"divergence": "reverse" if config.reverse_kl else "forward"}
             kd, stats = step.kernels.projection_kl(*arguments, **common, column_mask=step.column_mask(i))
             metrics = {"proj_accuracy": stats.accuracy, "num_valid_pairs": stats.valid_pairs}
     return kd, {f"{name}_t{i}": value for name, value in ({"kl_loss": kd.detach()} | metrics).items()}

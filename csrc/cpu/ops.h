@@ -33,29 +33,33 @@ struct LinearKLResult {
 };
 struct LinearKLGradients { float *u, *v, *c; };  // v and c zeroed by the caller; c may be null
 
-// student [N_s, >= width] and teacher [N_t, V_t] logits, the projection by teacher token (start [V_t + 1], rows, weights),
-// the k teacher columns compared, and the chunk of every row (-1: none).
+// student [N_s, >= width] and teacher [N_t, >= vocabulary] logits, the projection by teacher token (start [vocabulary + 1],
+// rows, weights), the k teacher columns compared, the chunk of every row (-1: none), and the student rows' labels (null or
+// -1: none).
 struct ProjectionKL {
   Matrix student, teacher;
   const int64_t* start;
   const int32_t* rows;
   const float* weights;
+  int64_t vocabulary;
   const int64_t* columns;
   int64_t k;
-  const int64_t *student_chunk, *teacher_chunk;
+  const int64_t *student_chunk, *teacher_chunk, *labels;
   int64_t width, chunks;
   float temperature;
-  bool reverse;
+  int64_t divergence;  // 0 forward, 1 reverse, 2 Jensen-Shannon
+  bool tail;
 };
-// kl and agree [chunks], both or neither; row_max and row_scale [N_s], given where `known`, else written; the gradient of
-// sum weight[c] kl[c] where grad is there, which may be the student logits themselves.
+// kl and agree [chunks] and nll [N_s], all or none; row_max, row_scale and ce_scale [N_s], given where `known`, else written;
+// the gradient of sum weight[c] kl[c] + sum nll_weight[i] nll[i] where grad is there, which may be the student logits
+// themselves. nll, ce_scale and nll_weight count where there are labels; nll_weight may be null.
 struct ProjectionKLResult {
   float* kl;
   bool* agree;
-  float *row_max, *row_scale;
+  float *nll, *row_max, *row_scale, *ce_scale;
   bool known;
   Matrix grad;
-  const float* weight;
+  const float *weight, *nll_weight;
 };
 
 // student and teacher [N, V] logits, the k columns compared (null: the first k), the rows to compare (null: all).
