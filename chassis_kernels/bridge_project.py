@@ -125,7 +125,7 @@ def _cpu(logits, log_probs, ids, log_weight, *arguments):
     backends._C.bridge_project(
         backends.matrix_args(logits),
         tuple(0 if t is None else t.data_ptr() for t in given),
-        (len(tensors[3]), n_base, 0 if ids is None else ids.shape[1], width),
+        (len(tensors[1]), len(tensors[3]), n_base, 0 if ids is None else ids.shape[1], width),
         temperature,
         normalize,
         tuple(t.data_ptr() for t in out),
@@ -167,6 +167,7 @@ backends.register(
     reference=reference.bridge_project,
     fake=_fake,
     example=_example,
+    cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
 torch.library.register_autograd(
     "chassis::bridge_project", _no_gradient, setup_context=lambda ctx, inputs, output: None, lib=backends.library

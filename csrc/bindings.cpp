@@ -164,4 +164,17 @@ PYBIND11_MODULE(_C, m) {
     if (!grad.is_none()) DISPATCH(gold_kl_backward(args, pointer<float>(common), pointer<float>(l1), out));
     else DISPATCH(gold_kl(args, {pointer<float>(common), pointer<float>(l1), pointer<bool>(agree)}));
   });
+  m.def("bridge_project", [](const py::object& logits, const py::tuple& pointers, const py::tuple& sizes, float temperature,
+                             bool normalize, const py::tuple& result) {
+    auto at = [&](int i) { return pointers[i].cast<uintptr_t>(); };
+    auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
+    auto output = [&](int i) { return pointer<float>(result[i].cast<uintptr_t>()); };
+    chassis::BridgeProject args{matrix(logits), pointer<float>(at(0)), pointer<int64_t>(at(1)), pointer<float>(at(2)),
+                                pointer<int64_t>(at(3)), pointer<int32_t>(at(4)), pointer<float>(at(5)),
+                                pointer<float>(at(6)), pointer<float>(at(7)), pointer<int64_t>(at(8)),
+                                pointer<int32_t>(at(9)), pointer<int64_t>(at(10)), size(0), size(1), size(2), size(3), size(4),
+                                temperature, normalize};
+    chassis::BridgeProjectResult out{output(0), output(1), output(2)};
+    DISPATCH(bridge_project(args, out));
+  });
 }

@@ -205,6 +205,15 @@ def test_minus_infinity(backend):
     assert (found.log_q[2:9] == -torch.inf).all() and not found.mass[2:9].any() and (found.uncertainty[2:9] == 1).all()
 
 
+def test_nan_is_not_hidden(backend):
+    p = problem()
+    p.logits[1, 3], p.logits[3] = torch.nan, torch.nan
+    found = bridge_project(p.logits, p.table)
+    for part in found:
+        assert part[[1, 3]].isnan().any() and not part[[0, 2, 4]].isnan().any()
+    assert found.mass[[1, 3]].isnan().all()
+
+
 def test_underflow_leaves_no_mass_and_no_nan(backend):
     p = problem(v_b=200)
     p.logits[:, 7] += 500

@@ -47,9 +47,9 @@ def bridge_project(
         kept[blocked_places(blocked_start, blocked, previous)] = False
         q = torch.where(kept, q, 0.0)
         rest = q.sum(1)
-        masked = previous >= 0
-        mass = torch.where(masked & (rest == 0), 0.0, mass)
-        factor = torch.where(masked & (rest > 0), mass / rest, factor)
+        left = rest > torch.finfo(torch.float32).tiny
+        mass = torch.where((previous >= 0) & ~left, 0.0, mass)
+        factor = torch.where(previous >= 0, torch.where(left, mass / rest, 0.0), factor)
     if normalize:
         factor = torch.where(mass > 0, factor / mass, factor)
     return (q * factor[:, None]).log(), mass, uncertainty
@@ -57,7 +57,7 @@ def bridge_project(
 
 def expert_probabilities(z, log_probs, ids, log_weight, n_rows, temperature) -> tuple[Tensor, Tensor]:
     """P [N, n_rows] and Σ P [N], exactly 1 where nothing is listed and w is 1."""
-    alive = (z > -torch.inf).any(1) if z.shape[1] else torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    alive = (z != -torch.inf).any(1)
     share = alive.to(z.dtype) if log_weight is None else torch.where(alive, log_weight.to(z.dtype).exp(), 0.0)
     p = z.new_zeros(len(z), n_rows)
     dense = torch.softmax(torch.where(alive[:, None], z, 0.0) / temperature, 1)

@@ -87,6 +87,26 @@ struct GoldKLResult {
   bool* agree;
 };
 
+// The table by base token (start [n_base + 1], rows, weights) and by row (row_sum, spread); logits [N, >= width] for its
+// first rows, and `listed` further (log_probs, ids) a row, -1 none, with log_weight [N] for the logits; which list of blocked
+// base tokens holds for each row, -1 none. ids, log_weight and previous may be null.
+struct BridgeProject {
+  Matrix logits;
+  const float* log_probs;
+  const int64_t* ids;
+  const float* log_weight;
+  const int64_t* start;
+  const int32_t* rows;
+  const float *weights, *row_sum, *spread;
+  const int64_t* blocked_start;
+  const int32_t* blocked;
+  const int64_t* previous;
+  int64_t entries, n_rows, n_base, listed, width;
+  float temperature;
+  bool normalize;
+};
+struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
+
 // op(name, arguments...): declared for each instruction set that setup.py compiles, defined in cpu/<op>.cpp.
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
@@ -102,7 +122,8 @@ struct GoldKLResult {
   void token_kl(const TokenKL& args, float* kl);                                                                 \
   void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);                          \
   void gold_kl(const GoldKL& args, const GoldKLResult& out);                                                     \
-  void gold_kl_backward(const GoldKL& args, const float* weight_common, const float* weight_l1, const Matrix& grad);
+  void gold_kl_backward(const GoldKL& args, const float* weight_common, const float* weight_l1, const Matrix& grad);  \
+  void bridge_project(const BridgeProject& args, const BridgeProjectResult& out);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }

@@ -24,30 +24,6 @@ const float kInfinity = std::numeric_limits<float>::infinity();
 enum Divergence : int64_t { kForward, kReverse, kJensenShannon };
 constexpr int64_t kKeep = 4;  // rows of a chunk whose probabilities stay in cache; longer chunks compute them again
 
-// log(x) to about 1 ulp for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1.
-inline vf log_positive(vf x) {
-  vi bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  vi e = (bits - 0x3f3504f3) >> 23;
-  bits -= e << 23;
-  vf m;
-  std::memcpy(&m, &bits, sizeof m);
-  m -= 1.0f;
-  vf n = __builtin_convertvector(e, vf), z = m * m;
-  vf y = splat(7.0376836292e-2f);
-  y = y * m - 1.1514610310e-1f;
-  y = y * m + 1.1676998740e-1f;
-  y = y * m - 1.2420140846e-1f;
-  y = y * m + 1.4249322787e-1f;
-  y = y * m - 1.6668057665e-1f;
-  y = y * m + 2.0000714765e-1f;
-  y = y * m - 2.4999993993e-1f;
-  y = y * m + 3.3333331174e-1f;
-  y = y * m * z + n * -2.12194440e-4f - 0.5f * z;
-  vf value = m + y + n * 0.693359375f;
-  return x == x ? value : x;
-}
-
 // The first place of the largest of x[0..n), n a multiple of kLanes and below 2^31.
 inline int64_t argmax(const float* x, int64_t n) {
   vf best = splat(-kInfinity);

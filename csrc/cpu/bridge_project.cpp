@@ -1,0 +1,254 @@
+// An expert's probabilities as probabilities of base tokens, through a sparse table M (see reference/bridge_project.py):
+//
+//   P = w softmax(z / tau) + listed probabilities    q = P^T M    mass = sum_t P(t) row_sum(t)    u = sum_t P(t) spread(t)
+//
+// A thread takes kLanes rows at a time and keeps their exponentials by expert token, e[t][row]: one entry (t, weight) of a
+// base token is then one load and one product for all of the rows. Below kLanes / 4 rows they are taken one by one, e[t].
+#include <utility>
+
+#include "cpu/logit_rows.h"
+
+namespace chassis {
+namespace CHASSIS_ISA {
+namespace {
+
+constexpr int64_t kChunk = 256;      // tokens whose exponentials wait in L1 to be transposed
+constexpr int64_t kAhead = 32;       // entries between a prefetch and its use
+constexpr float kNoWeight = 1e-30f;  // a share of the logits below this counts as none
+const float kInfinity = std::numeric_limits<float>::infinity();
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define CHASSIS_SHUFFLES
+#endif
+#endif
+#ifdef CHASSIS_SHUFFLES
+template <int from, int... i>
+inline vf interleave(vf a, vf b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (from + i / 2 + i % 2 * kLanes)...);
+}
+
+// Each step moves the top bit of an element's row to the end of its (row, lane) address.
+inline void transpose(vf (&x)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  for (int step = 1; step < kLanes; step *= 2) {
+    vf y[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = interleave<0>(x[i], x[i + kLanes / 2], lanes);
+      y[2 * i + 1] = interleave<kLanes / 2>(x[i], x[i + kLanes / 2], lanes);
+    }
+    std::memcpy(x, y, sizeof y);
+  }
+}
+#else
+inline void transpose(vf (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      float lower = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = lower;
+    }
+}
+#endif
+
+// log(x), and -inf below the smallest normal number.
+inline vf log_or_nothing(vf x) {
+  vf value = log_positive(x);
+  return x < splat(FLT_MIN) ? splat(-kInfinity) : value;
+}
+
+template <class T>
+float row_max(const T* z, int64_t n) {
+  vf best = splat(-kInfinity);
+  int64_t t = 0;
+  for (; t + kLanes <= n; t += kLanes) best = vmax(load(z + t), best);
+  float top = max(best);
+  for (; t < n; ++t) top = std::max(top, to_float(z[t]));
+  if (top == -kInfinity && std::any_of(z, z + n, [](T x) { return to_float(x) != to_float(x); })) return NAN;
+  return top;
+}
+
+struct Sums { double total = 0, mass = 0, spread = 0; };
+
+template <int R>  // rows at a time: 1 or kLanes
+class Rows {
+ public:
+  Rows(const BridgeProject& in, const BridgeProjectResult& out)
+      : in(in), out(out), padded(ceil_div(in.width, kChunk) * kChunk), e(std::max(padded, in.n_rows) * R) {
+    prefer_large_pages({e.get(), std::max(padded, in.n_rows), R, R, DType::fp32});
+    std::fill(e.get() + in.width * R, e.get() + std::max(padded, in.n_rows) * R, 0.0f);
+  }
+
+  void run(int64_t row, int64_t n) {
+    first = row, count = n;
+    read_logits();
+    for (int64_t r = 0; r < count; ++r) add_listed(r);
+    bool masked = false;
+    for (int64_t r = 0; in.previous && r < count; ++r) masked |= in.previous[first + r] >= 0;
+    for (int64_t r = 0; r < count; ++r) factor[r] = in.normalize && sums[r].mass > 0 ? float(1 / sums[r].mass) : 1.0f;
+    if (masked) gather<false>();
+    else gather<true>();
+    for (int64_t r = 0; r < count; ++r) {
+      if (masked) mask(r);
+      out.mass[first + r] = float(sums[r].mass);
+      out.uncertainty[first + r] = float(sums[r].spread + std::max(0.0, 1 - sums[r].total));
+      for (int64_t i = 0; i < in.listed; ++i)
+        if (const int64_t t = id(r, i); t >= 0) e[t * R + r] = 0;
+    }
+  }
+
+ private:
+  const BridgeProject& in;
+  const BridgeProjectResult& out;
+  const int64_t padded;
+  Buffer e;  // [expert tokens and further rows of M][R], to be multiplied with scale[row]
+  float chunk[R * kChunk];
+  float scale[R], factor[R];
+  Sums sums[R];
+  int64_t first, count;
+
+  int64_t id(int64_t r, int64_t i) const { return in.ids[(first + r) * in.listed + i]; }
+
+  void read_logits() {
+    float top[R];
+    for (int r = 0; r < R; ++r) {
+      sums[r] = {}, scale[r] = 1, factor[r] = 1, top[r] = -kInfinity;
+      const bool there = r < count && !(in.log_weight && std::exp(in.log_weight[first + r]) < kNoWeight);
+      if (there) with_type(in.logits, [&](auto* z) { top[r] = row_max(z + (first + r) * in.logits.stride, in.width); });
+    }
+    for (int64_t t = 0; t < in.width; t += kChunk) {
+      for (int r = 0; r < R; ++r) {
+        float* x = R == 1 ? e.get() + t : chunk + r * kChunk;
+        if (top[r] == -kInfinity) std::fill(x, x + kChunk, 0.0f);
+        else with_type(in.logits, [&](auto* z) { read(z + (first + r) * in.logits.stride, t, top[r], x, sums[r]); });
+      }
+      if (R > 1) by_token(e.get() + t * R, std::min(kChunk, in.n_rows - t));
+    }
+    for (int r = 0; r < R; ++r) {
+      if (top[r] == -kInfinity) continue;
+      const double weight = in.log_weight ? std::exp(double(in.log_weight[first + r])) : 1.0, unit = weight / sums[r].total;
+      scale[r] = float(unit);
+      sums[r] = {weight, sums[r].mass * unit, sums[r].spread * unit};
+    }
+  }
+
+  // exp((z - top) / tau) of a chunk of tokens, zeros past the width.
+  template <class T>
+  void read(const T* z, int64_t from, float top, float* x, Sums& to) const {
+    const float inverse = 1 / in.temperature;
+    const int64_t n = std::min(kChunk, in.width - from);
+    vf total = {}, mass = {}, spread = {};
+    int64_t t = 0;
+    for (; t + kLanes <= n; t += kLanes) {
+      vf v = exp_nonpositive((load(z + from + t) - top) * inverse);
+      store(x + t, v);
+      total += v, mass += v * load(in.row_sum + from + t), spread += v * load(in.spread + from + t);
+    }
+    to.total += sum(total), to.mass += sum(mass), to.spread += sum(spread);
+    for (; t < n; ++t) {
+      const float v = x[t] = exp_nonpositive(splat((to_float(z[from + t]) - top) * inverse))[0];
+      to.total += v, to.mass += v * in.row_sum[from + t], to.spread += v * in.spread[from + t];
+    }
+    std::fill(x + n, x + kChunk, 0.0f);
+  }
+
+  void by_token(float* to, int64_t n) const {
+    for (int64_t t = 0; t < kChunk; t += kLanes) {
+      vf tile[kLanes];
+      for (int r = 0; r < kLanes; ++r) tile[r] = load(chunk + r % R * kChunk + t);
+      transpose(tile);
+      for (int64_t j = 0; j < kLanes && t + j < n; ++j) store(to + (t + j) * R, tile[j]);
+    }
+  }
+
+  void add_listed(int64_t r) {
+    for (int64_t i = 0; i < in.listed; ++i) {
+      const int64_t t = id(r, i);
+      if (t < 0) continue;
+      const double p = std::exp(double(in.log_probs[(first + r) * in.listed + i]));
+      e[t * R + r] += float(p / scale[r]);
+      sums[r].total += p, sums[r].mass += p * in.row_sum[t], sums[r].spread += p * in.spread[t];
+    }
+  }
+
+  float* q(int64_t r) const { return out.log_q + (first + r) * in.n_base; }
+
+  // q by base token, its logarithm where asked.
+  template <bool logarithm>
+  void gather() {
+    const bool aligned = reinterpret_cast<uintptr_t>(out.log_q) % sizeof(vf) == 0 && in.n_base % kLanes == 0;
+    const int64_t last = in.entries - 1;
+    const float *from = e.get(), *weights = in.weights;
+    const int32_t* rows = in.rows;
+    for (int64_t b = 0; b < in.n_base; b += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, in.n_base - b);
+      vf tile[kLanes] = {};
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t end = in.start[b + j + 1];
+        std::conditional_t<R == 1, float, vf> total = {};
+        for (int64_t i = in.start[b + j]; i < end; ++i) {
+          __builtin_prefetch(from + int64_t(rows[std::min(i + kAhead, last)]) * R);
+          const float* p = from + int64_t(rows[i]) * R;
+          if constexpr (R == 1) total += *p * weights[i];
+          else total += load(p) * weights[i];
+        }
+        if constexpr (R == 1) tile[0][j] = total;
+        else tile[j] = total;
+      }
+      if (R > 1) transpose(tile);
+      for (int64_t r = 0; r < count; ++r) {
+        vf v = tile[r] * scale[r];
+        if (logarithm) v = log_or_nothing(v * factor[r]);
+        if (logarithm && aligned) stream(q(r) + b, v);
+        else if (n == kLanes) store(q(r) + b, v);
+        else std::memcpy(q(r) + b, &v, n * sizeof(float));
+      }
+    }
+    if (logarithm && aligned) fence();
+  }
+
+  void mask(int64_t r) {
+    float* row = q(r);
+    if (const int64_t list = in.previous[first + r]; list >= 0) {
+      for (int64_t i = in.blocked_start[list]; i < in.blocked_start[list + 1]; ++i) row[in.blocked[i]] = 0;
+      double rest = 0;
+      for (int64_t b = 0; b < in.n_base; b += kBlock) rest += partial_sum(row + b, std::min(kBlock, in.n_base - b));
+      const bool left = rest > FLT_MIN;
+      factor[r] = left ? float((in.normalize ? 1 : sums[r].mass) / rest) : 0.0f;
+      if (!left) sums[r].mass = 0;
+    }
+    int64_t b = 0;
+    for (; b + kLanes <= in.n_base; b += kLanes) store(row + b, log_or_nothing(load(row + b) * factor[r]));
+    for (; b < in.n_base; ++b) row[b] = log_or_nothing(splat(row[b] * factor[r]))[0];
+  }
+
+  static float partial_sum(const float* x, int64_t n) {
+    vf total = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) total += load(x + i);
+    float rest = sum(total);
+    for (; i < n; ++i) rest += x[i];
+    return rest;
+  }
+};
+
+template <int R>
+void run(const BridgeProject& in, const BridgeProjectResult& out) {
+#pragma omp parallel
+  {
+    Rows<R> rows(in, out);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < in.logits.rows; row += R) rows.run(row, std::min<int64_t>(R, in.logits.rows - row));
+  }
+}
+
+}  // namespace
+
+void bridge_project(const BridgeProject& in, const BridgeProjectResult& out) {
+  prefer_large_pages({out.log_q, in.logits.rows, in.n_base, in.n_base, DType::fp32});
+  if (in.logits.rows < kLanes / 4) run<1>(in, out);
+  else run<kLanes>(in, out);
+}
+
+}  // namespace CHASSIS_ISA
+}  // namespace chassis
