@@ -8,6 +8,7 @@ from chassis_kernels.delta_logits import delta_logits, delta_logits_
 from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
 from chassis_kernels.moments import Moments, moments_update_
+from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.projection_kl import ProjectionKLStats, projection_kl
 from chassis_kernels.ridge import RidgeSolution, fit_ridge
 from chassis_kernels.sparse import SparseProjection
@@ -25,6 +26,7 @@ __all__ = [
     "Delta",
     "LinearKLStats",
     "Moments",
+    "Parallel",
     "ProjectionKLStats",
     "RidgeSolution",
     "SparseProjection",

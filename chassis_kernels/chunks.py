@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.backends import DTYPE_CODES
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 
 COUNT_EPS = 1e-10
 
@@ -19,6 +20,16 @@ class Chunks(NamedTuple):
     teacher: Tensor  # [B, T_t] int64
     valid: Tensor  # [B, C] bool
     correct: Tensor | None = None  # [B, C] bool: both sides spell the same text
+
+    def shift(self) -> ShiftedChunks:
+        """The same alignment by predicting position. Shift whole sequences, then take each sequence rank's positions."""
+        if isinstance(self, ShiftedChunks):
+            return self
+        return ShiftedChunks(next_token(self.student, -1), next_token(self.teacher, -1), self.valid, self.correct)
+
+
+class ShiftedChunks(Chunks):
+    """An alignment whose position t carries the chunk of the token after t: the one it predicts."""
 
 
 class Layout(NamedTuple):
@@ -37,11 +48,23 @@ class Layout(NamedTuple):
         return self.weight != 0
 
 
-def layout(chunks: Chunks, sample_mask: Tensor | None, exact_only: bool, dtype: torch.dtype) -> Layout:
-    """Shift to predictors (the last position predicts nothing), keep the valid chunks, number them across the batch."""
-    slots = chunks.valid.shape[1]
-    student, teacher = (_flat(ids, slots) for ids in (chunks.student, chunks.teacher))
-    n_student, n_teacher = (_count(ids, chunks.valid.numel()) for ids in (student, teacher))
+def layout(
+    chunks: Chunks,
+    sample_mask: Tensor | None,
+    exact_only: bool,
+    dtype: torch.dtype,
+    parallel: Parallel = ONE_RANK,
+) -> Layout:
+    """Shift to predictors (the last position predicts nothing), keep the valid chunks, number them across the batch.
+
+    Ids are those of this rank's rows; counts, and what follows from them, are over the sequence ranks of `parallel`.
+    """
+    if parallel.sequence_shards > 1 and not isinstance(chunks, ShiftedChunks):
+        raise ValueError("chunks of a sharded sequence must be shifted before they are sharded: Chunks.shift")
+    slots, shifted = chunks.valid.shape[1], chunks.shift()
+    student, teacher = (_flat(ids, slots) for ids in (shifted.student, shifted.teacher))
+    counts = torch.stack([_count(ids, chunks.valid.numel()) for ids in (student, teacher)])
+    n_student, n_teacher = parallel.sequence_sum(counts)
     paired = (chunks.valid & chunks.correct if exact_only else chunks.valid).flatten()
     paired = paired & (n_student > 0) & (n_teacher > 0)
     weight = paired.to(dtype)
@@ -51,11 +74,17 @@ def layout(chunks: Chunks, sample_mask: Tensor | None, exact_only: bool, dtype: 
 
 
 def check_chunks(
-    student: Tensor, teacher: Tensor, sizes: tuple[int, int], chunks: Chunks, sample_mask: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    sizes: tuple[int, int],
+    chunks: Chunks,
+    sample_mask: Tensor | None,
+    parallel: Parallel = ONE_RANK,
 ) -> None:
     """ValueError unless logits [B, T, >= V], vocabularies, alignment and sample mask fit each other."""
     for name, logits, size in (("student", student, sizes[0]), ("teacher", teacher, sizes[1])):
-        if logits.dim() != 3 or logits.shape[2] < size or size == 0 or logits.dtype not in DTYPE_CODES:
+        width = parallel.head(logits) if name == "student" and logits.dim() == 3 else logits.shape[-1]
+        if logits.dim() != 3 or width < size or size == 0 or logits.dtype not in DTYPE_CODES:
             raise ValueError(
                 f"{name}_logits are {logits.dtype} {tuple(logits.shape)}, expected floats [B, T, >= {size}], "
                 f"with a projection of {sizes}"
@@ -91,15 +120,14 @@ def chunk_means(rows: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     return sums.index_add(0, ids.clamp_min(0), kept) / (counts.to(rows.dtype) + COUNT_EPS)[:, None]
 
 
-def next_token(mask: Tensor) -> Tensor:
-    """Per position, the value of the position after it; zero at the end. [B, T]"""
-    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+def next_token(values: Tensor, end: int = 0) -> Tensor:
+    """Per position, the value of the position after it; `end` at the end. [B, T]"""
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], end)], 1)
 
 
 def _flat(ids: Tensor, slots: int) -> Tensor:
-    predicted = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1)
     first = torch.arange(len(ids), device=ids.device)[:, None] * slots
-    return torch.where(predicted >= 0, predicted + first, -1).flatten()
+    return torch.where(ids >= 0, ids + first, -1).flatten()
 
 
 def _count(ids: Tensor, chunks: int) -> Tensor:

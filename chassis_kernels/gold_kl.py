@@ -10,6 +10,8 @@ from torch import Tensor
 
 from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks, check_chunks
+from chassis_kernels.parallel import gold_kl as sharded
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.sparse import SparseProjection
@@ -34,6 +36,7 @@ def gold_kl(
     exact_only: bool = False,
     sample_mask: Tensor | None = None,  # [B]
     denominator: Tensor | float | None = None,
+    parallel: Parallel = ONE_RANK,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """τ² (Σ common + Σ l1) / D over the chunks that count, in nats and probability, [] float32 (float64 if logits are);
     and {kl_common, l1_uncommon, proj_accuracy, num_valid_chunks}, the first two without τ².
@@ -42,30 +45,31 @@ def gold_kl(
     correct), has predicting positions on both sides and a sample mask that is not 0. D is `denominator`, else the number of
     chunks that count; at least 1. `reverse` swaps the roles in the common part.
 
+    parallel: the groups over which vocabulary and sequence are spread; logits and chunk ids are then this rank's.
+
     Differentiable in student_logits. Raises ValueError for shapes, dtypes or ids that do not fit.
     """
     size = projection.n_student
-    if student_logits.dim() == 3 and student_logits.shape[2] != size:
-        raise ValueError(f"student_logits have {student_logits.shape[2]} columns, expected the projection's {size}")
-    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask)
+    if student_logits.dim() == 3 and parallel.head(student_logits) != size:
+        raise ValueError(f"student_logits have {parallel.head(student_logits)} columns, expected the projection's {size}")
+    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask, parallel)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: expected a positive number")
     if uncommon_topk < 0:
         raise ValueError(f"uncommon_topk is {uncommon_topk}: expected 0 or more")
-    return reference.loss(
-        student_logits,
-        teacher_logits,
-        projection,
-        chunks,
-        temperature=temperature,
-        uncommon_topk=uncommon_topk,
-        reverse=reverse,
-        relaxed=relaxed,
-        exact_only=exact_only,
-        sample_mask=sample_mask,
-        denominator=denominator,
-        op=torch.ops.chassis.gold_kl,
-    )
+    options = {
+        "temperature": temperature,
+        "uncommon_topk": uncommon_topk,
+        "reverse": reverse,
+        "relaxed": relaxed,
+        "exact_only": exact_only,
+        "sample_mask": sample_mask,
+        "denominator": denominator,
+    }
+    if parallel.sharded:
+        return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
+    op = torch.ops.chassis.gold_kl
+    return reference.loss(student_logits, teacher_logits, projection, chunks, **options, op=op)
 
 
 def _setup_context(ctx, inputs, output):

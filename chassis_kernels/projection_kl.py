@@ -11,6 +11,8 @@ from torch import Tensor
 
 from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks, check_chunks, layout
+from chassis_kernels.parallel import projection_kl as sharded
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.reference.projection_kl import DIVERGENCES, ProjectionKLStats
@@ -41,6 +43,7 @@ def projection_kl(
     labels: Tensor | None = None,  # [B, T_s] int64, -1: none
     label_weight: Tensor | None = None,  # [B, T_s]
     grad_buffer: Tensor | None = None,  # [B, T_s, >= V_s]
+    parallel: Parallel = ONE_RANK,
 ) -> tuple[Tensor, ProjectionKLStats]:
     """τ² Σ sample_mask KL_chunk / D in nats, [] float32 (float64 if logits are), and ProjectionKLStats.
 
@@ -57,12 +60,30 @@ def projection_kl(
     grad_buffer, of the logits' shape and dtype: the gradient is written there in the same pass as the loss, and backward
     returns it, once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused
     where no gradient is asked for. The loss alone has a gradient then: labels need a label_weight.
+    parallel: the groups over which vocabulary and sequence are spread (`Parallel`); logits are then this rank's.
 
     Raises ValueError for shapes, dtypes or ids that do not fit. Method: "x-token" distillation, projection of chunk means.
     """
-    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask)
+    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask, parallel)
     _check(teacher_logits, projection, temperature, vocab_topk, divergence, column_mask, columns)
     _check_labels(student_logits, projection.n_student, labels, label_weight)
+    options = {
+        "temperature": temperature,
+        "vocab_topk": vocab_topk,
+        "divergence": divergence,
+        "tail": tail,
+        "exact_only": exact_only,
+        "sample_mask": sample_mask,
+        "column_mask": column_mask,
+        "columns": columns,
+        "denominator": denominator,
+        "labels": labels,
+        "label_weight": label_weight,
+    }
+    if parallel.sharded:
+        if grad_buffer is not None:
+            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
+        return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
     if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
         _check_buffer(grad_buffer, student_logits, labels, label_weight)
         plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
@@ -72,30 +93,13 @@ def projection_kl(
         with torch.no_grad():
             if columns is None:
                 columns = reference.choose_columns(teacher_logits, projection, column_mask, vocab_topk, _top)
-            options = float(temperature), DIVERGENCES.index(divergence), tail
-            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, columns, labels, options)
+            scalars = float(temperature), DIVERGENCES.index(divergence), tail
+            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, columns, labels, scalars)
         loss, kl, agree, nll = _IntoBuffer.apply(student_logits, grad_buffer, weight, label_weight, *arguments[1:])
         stats = reference.stats(plan, kl, agree, chunks, columns)
         return loss, stats if labels is None else stats._replace(nll=nll.view(labels.shape))
-    return reference.loss(
-        student_logits,
-        teacher_logits,
-        projection,
-        chunks,
-        temperature=temperature,
-        vocab_topk=vocab_topk,
-        divergence=divergence,
-        tail=tail,
-        exact_only=exact_only,
-        sample_mask=sample_mask,
-        column_mask=column_mask,
-        columns=columns,
-        denominator=denominator,
-        labels=labels,
-        label_weight=label_weight,
-        op=torch.ops.chassis.projection_kl,
-        select=_top,
-    )
+    ops = {"op": torch.ops.chassis.projection_kl, "select": _top}
+    return reference.loss(student_logits, teacher_logits, projection, chunks, **options, **ops)
 
 
 class _IntoBuffer(torch.autograd.Function):

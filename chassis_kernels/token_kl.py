@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
+from chassis_kernels.parallel import token_kl as sharded
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import token_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 
@@ -23,15 +25,29 @@ def token_kl(
     reverse: bool = False,
     n_tokens: Tensor | float,
     column_mask: Tensor | None = None,  # [B, T] bool
+    parallel: Parallel = ONE_RANK,
 ) -> Tensor:
     """τ² Σ mask KL(teacher ‖ student) / (n_tokens + 1e-8) in nats, [] float32 (float64 if logits are).
 
     With vocab_topk both sides are normalised within the columns that reach the largest teacher logits anywhere in the
     batch (positions outside `column_mask` do not vote; ties go to the lowest id); None: over all V tokens. `reverse`:
     KL(student ‖ teacher). Rows of mask 0 are not read. Differentiable in student_logits. Raises ValueError for shapes
-    and dtypes that do not fit.
+    and dtypes that do not fit. parallel: the groups over which vocabulary and sequence are spread; logits and masks are
+    then this rank's.
     """
-    _check(student_logits, teacher_logits, mask, temperature, vocab_topk, column_mask)
+    _check(student_logits, teacher_logits, mask, temperature, vocab_topk, column_mask, parallel)
+    if parallel.sharded:
+        return sharded.loss(
+            student_logits,
+            teacher_logits,
+            mask,
+            parallel,
+            temperature=temperature,
+            vocab_topk=vocab_topk,
+            reverse=reverse,
+            n_tokens=n_tokens,
+            column_mask=column_mask,
+        )
     width = student_logits.shape[-1]
     student, teacher = (t.flatten(0, 1) for t in (student_logits, teacher_logits.detach()[..., :width]))
     columns = None
@@ -43,9 +59,9 @@ def token_kl(
     return temperature**2 * torch.where(mask != 0, mask * kl, 0.0).sum() / (n_tokens + reference.TOKENS_EPS)
 
 
-def _check(student, teacher, mask, temperature, vocab_topk, column_mask) -> None:
+def _check(student, teacher, mask, temperature, vocab_topk, column_mask, parallel) -> None:
     fits = student.dim() == 3 and teacher.dim() == 3 and teacher.shape[:2] == student.shape[:2]
-    if not fits or teacher.shape[2] < student.shape[2] or student.shape[2] == 0:
+    if not fits or not 0 < parallel.head(student) <= teacher.shape[2]:
         raise ValueError(
             f"student_logits are {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: expected "
             "[B, T, V > 0] and [B, T, >= V]"

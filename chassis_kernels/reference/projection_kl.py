@@ -144,7 +144,7 @@ def projection_kl(
     n_student, n_teacher = counts(student_chunk, chunks), counts(teacher_chunk, chunks)
     edges = slice_columns(start, rows, weights, columns)
     a = project(chunk_means(p, student_chunk, n_student), edges, len(columns))
-    Q = chunk_means(_log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
+    Q = chunk_means(log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
     paired = (n_student > 0) & (n_teacher > 0)
     r, k = shares(a, tail)[0], len(columns)
     agree = paired & (r[:, :k].argmax(1) == Q[:, :k].argmax(1)) if k else torch.zeros_like(paired)
@@ -187,7 +187,7 @@ def projection_kl_backward(
     edges = slice_columns(start, rows, weights, columns)
     p = _softmax_known(z, row_max, row_scale, temperature)
     a = project(chunk_means(p, student_chunk, n_student), edges, len(columns))
-    Q = chunk_means(_log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
+    Q = chunk_means(log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
     r, total = shares(a, tail)
     g = compare(r, Q, divergence)[1]
     G = (g - (g * r).sum(1, keepdim=True)) / total / (n_student.to(z.dtype) + COUNT_EPS)[:, None]
@@ -233,7 +233,7 @@ def compare(r: Tensor, Q: Tensor, divergence: int) -> tuple[Tensor, Tensor]:
     return u * slope + v * (v / m).log() / 2, slope
 
 
-def _log_teacher(teacher: Tensor, size: int, columns: Tensor, temperature: float, tail: bool, dtype: torch.dtype) -> Tensor:
+def log_teacher(teacher: Tensor, size: int, columns: Tensor, temperature: float, tail: bool, dtype: torch.dtype) -> Tensor:
     """The teacher's log-probabilities of the outcomes, per row, [N_t, k] or with the tail [N_t, k + 1]."""
     if not tail:
         return torch.log_softmax(teacher[:, columns].to(dtype) / temperature, 1)

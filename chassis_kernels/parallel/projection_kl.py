@@ -1,0 +1,121 @@
+"""projection_kl on sharded logits.
+
+(max, Σ exp) of each row        over the slab, then over the vocabulary ranks
+a_c = Σ_s pbar[s] M[s, J]       over the slab's rows of M and the rank's rows of the chunk, then over both groups
+Q_c, J                          over the rank's teacher rows, then over the sequence ranks
+KL_c, G_c = dKL / da_c / n_c    the same on every rank
+dz[t, s] = p_t[s] / τ (B[s] - Σ p_t B),  B = M[:, J] G_c        the sum over the slab, then over the vocabulary ranks
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chassis_kernels.chunks import COUNT_EPS, Chunks, layout
+from chassis_kernels.parallel.groups import Parallel
+from chassis_kernels.parallel.next_token import next_token_nll
+from chassis_kernels.parallel.rows import RowStats, row_stats, tiles, top_columns
+from chassis_kernels.reference import projection_kl as reference
+from chassis_kernels.reference.precision import compute_dtype, without_autocast
+from chassis_kernels.sparse import Edges, SparseProjection
+
+
+@without_autocast
+def loss(
+    student_logits: Tensor,  # [B, T_s, W], the rank's columns
+    teacher_logits: Tensor,  # [B, T_t, >= V_t]
+    projection: SparseProjection,  # [V_s, V_t], whole: only the slab's rows are used
+    chunks: Chunks,
+    parallel: Parallel,
+    *,
+    temperature: float,
+    vocab_topk: int,
+    divergence: str,
+    tail: bool,
+    exact_only: bool,
+    sample_mask: Tensor | None,
+    column_mask: Tensor | None,
+    columns: Tensor | None,
+    denominator: Tensor | float | None,
+    labels: Tensor | None,
+    label_weight: Tensor | None,
+) -> tuple[Tensor, reference.ProjectionKLStats]:
+    """`chassis_kernels.projection_kl` with `parallel`; nll and correct are those of the rank's positions."""
+    logits, spread = parallel.cut(student_logits, projection.n_student)
+    dtype = compute_dtype(student_logits, teacher_logits)
+    plan = layout(chunks, sample_mask, exact_only, dtype, parallel)
+    teacher = teacher_logits.detach()[..., : projection.n_teacher].flatten(0, 1)
+    if columns is None:
+        columns = top_columns(teacher, None if column_mask is None else column_mask.flatten(), vocab_topk, dtype, parallel)
+    edges, k = slab_edges(projection.slice(columns), spread.slab(logits)), len(columns)
+    a = _ProjectedMeans.apply(logits.flatten(0, 1), *edges, plan.student, plan.student_count, k, temperature, spread)
+    Q = _teacher_means(teacher, columns, plan, temperature, tail, dtype, parallel)
+    r = reference.shares(a, tail)[0]
+    kl = reference.compare(r, Q, reference.DIVERGENCES.index(divergence))[0].sum(1)
+    agree = plan.paired & (r[:, :k].argmax(1) == Q[:, :k].argmax(1)) if k else torch.zeros_like(plan.paired)
+    total = reference.weighted_sum(kl, reference.chunk_weights(plan, temperature, denominator))
+    stats = reference.stats(plan, torch.where(plan.paired, kl, 0.0), agree, chunks, columns)
+    if labels is not None:
+        nll, correct = next_token_nll(logits, labels, spread)
+        stats = stats._replace(nll=nll, correct=correct)
+        if label_weight is not None:
+            total = total + parallel.sequence_sum(reference.weighted_sum(nll, label_weight.to(nll.dtype)))
+    return total, stats
+
+
+def slab_edges(edges: Edges, slab: range) -> Edges:
+    """The entries of the slab's rows, counted from its first; `edges` is sorted by row."""
+    first, last = torch.searchsorted(edges.rows, edges.rows.new_tensor([slab.start, slab.stop])).tolist()
+    rows, positions, weights = (part[first:last] for part in edges)
+    return Edges(rows - slab.start, positions, weights)
+
+
+class _ProjectedMeans(torch.autograd.Function):
+    """a [M, k]: per chunk, the mean of its rows' softmax(z / τ), projected onto the columns J."""
+
+    @staticmethod
+    def forward(ctx, logits, rows, positions, weights, chunk, count, k, temperature, parallel):
+        dtype = compute_dtype(logits)
+        edges, kept = Edges(rows, positions, weights.to(dtype)), (chunk >= 0).nonzero()[:, 0]
+        stats = row_stats(logits, kept, temperature, dtype, parallel)
+        a = torch.zeros(len(count), k, dtype=dtype, device=logits.device)
+        for tile in tiles(kept, max(logits.shape[1], k, len(rows))):
+            p = stats.softmax(logits[tile].to(dtype), tile, temperature)
+            a.index_add_(0, chunk[tile], reference.project(p, edges, k))
+        a /= (count.to(dtype) + COUNT_EPS)[:, None]
+        ctx.save_for_backward(logits, *edges, chunk, count, *stats)
+        ctx.temperature, ctx.parallel = temperature, parallel
+        return parallel.sequence_sum(parallel.vocab_sum(a))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, rows, positions, weights, chunk, count, *stats = ctx.saved_tensors
+        stats, temperature, kept = RowStats(*stats), ctx.temperature, (chunk >= 0).nonzero()[:, 0]
+        G = grad / (count.to(grad.dtype) + COUNT_EPS)[:, None]
+        dot = torch.zeros_like(stats.sum)
+
+        def parts(tile: Tensor) -> tuple[Tensor, Tensor]:
+            p = stats.softmax(logits[tile].to(grad.dtype), tile, temperature)
+            return p, torch.zeros_like(p).index_add(1, rows, G[chunk[tile]][:, positions] * weights)
+
+        width = max(logits.shape[1], len(rows))
+        for tile in tiles(kept, width):
+            p, back = parts(tile)
+            dot[tile] = (p * back).sum(1)
+        dot = ctx.parallel.vocab_sum(dot)
+        out = torch.zeros_like(logits)
+        for tile in tiles(kept, width):
+            p, back = parts(tile)
+            out[tile] = (p * (back - dot[tile, None]) / temperature).to(out.dtype)
+        return out, *(None,) * 8
+
+
+def _teacher_means(teacher, columns, plan, temperature, tail, dtype, parallel) -> Tensor:
+    """Q [M, outcomes]."""
+    Q = torch.zeros(len(plan.weight), len(columns) + tail, dtype=dtype, device=teacher.device)
+    for tile in tiles((plan.teacher >= 0).nonzero()[:, 0], teacher.shape[1]):
+        log_q = reference.log_teacher(teacher[tile], teacher.shape[1], columns, temperature, tail, dtype)
+        Q.index_add_(0, plan.teacher[tile], log_q)
+    return parallel.sequence_sum(Q) / (plan.teacher_count.to(dtype) + COUNT_EPS)[:, None]

@@ -1,0 +1,229 @@
+"""What each process of test_parallel.py does: every case on the whole problem, then on this rank's share of it."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from chassis_kernels.chunks import Chunks, next_token
+from chassis_kernels.gold_kl import gold_kl
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
+from chassis_kernels.parallel.next_token import next_token_nll
+from chassis_kernels.projection_kl import projection_kl
+from chassis_kernels.sparse import SparseProjection
+from chassis_kernels.token_kl import token_kl
+
+SHAPES = ((2, 1), (3, 1), (1, 2), (2, 2), (3, 2))  # vocabulary and sequence ranks
+STUDENT, TEACHER = 37, 29  # tokens
+HEADS = 41, 31  # columns
+POSITIONS = 9, 11
+CUTS = {2: (30, 41), 3: (5, 38, 41)}  # of three slabs the last holds padding only
+
+
+class Problem(NamedTuple):
+    student: torch.Tensor  # [2, 9, 41]
+    teacher: torch.Tensor  # [2, 11, 31]
+    same: torch.Tensor  # [2, 9, 41] logits of a teacher with the student's tokenizer
+    projection: SparseProjection
+    chunks: Chunks
+    labels: torch.Tensor  # [2, 9]
+    sample_mask: torch.Tensor  # [2]
+    votes: torch.Tensor  # [2, 11] bool
+    mask: torch.Tensor  # [2, 9]
+
+
+class Share(NamedTuple):
+    """Which part a rank holds."""
+
+    columns: slice
+    student: list[int]
+    teacher: list[int]
+
+    def of(self, p: Problem) -> Problem:
+        chunks = p.chunks.shift()
+        student, teacher = chunks.student[:, self.student], chunks.teacher[:, self.teacher]
+        return p._replace(
+            student=p.student[:, self.student, self.columns].clone(),
+            teacher=p.teacher[:, self.teacher],
+            same=p.same[:, self.student],
+            chunks=chunks._replace(student=student, teacher=teacher),
+            labels=p.labels[:, self.student],
+            votes=p.votes[:, self.teacher],
+            mask=p.mask[:, self.student],
+        )
+
+
+def problem(seed: int = 0, dtype: torch.dtype = torch.float64, valid: float = 0.8) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    b, c, (t_s, t_t) = 2, 5, POSITIONS
+    ids = torch.randint(-1, TEACHER, (STUDENT, 3), generator=g)
+    weights = torch.rand(STUDENT, 3, generator=g)
+    ids[::4, 1:], weights[::4, 0] = -1, 1.0
+    chunks = Chunks(
+        torch.randint(-1, c, (b, t_s), generator=g).sort(1).values,
+        torch.randint(-1, c, (b, t_t), generator=g).sort(1).values,
+        torch.rand(b, c, generator=g) < valid,
+        torch.rand(b, c, generator=g) < 0.7,
+    )
+    student, same = (3 * torch.randn(b, t_s, HEADS[0], generator=g) for _ in range(2))
+    teacher = 3 * torch.randn(b, t_t, HEADS[1], generator=g)
+    student[..., STUDENT:] += 20  # padding that would drown everything
+    return Problem(
+        student.to(dtype),
+        teacher.to(dtype),
+        same.to(dtype),
+        SparseProjection(ids, weights, TEACHER),
+        chunks,
+        next_token(torch.randint(0, STUDENT, (b, t_s), generator=g), -1),
+        torch.tensor([1.0, 0.5]),
+        torch.rand(b, t_t, generator=g) < 0.8,
+        torch.rand(b, t_s, generator=g).round(decimals=1),
+    )
+
+
+# Each loss: a problem, or a share of one with its groups, to (loss, statistics).
+def projection(p: Problem, parallel: Parallel, **options):
+    options = {"vocab_topk": 12, "sample_mask": p.sample_mask, "column_mask": p.votes} | options
+    loss, stats = projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
+    return loss, list(stats[:4])
+
+
+def projection_and_labels(p: Problem, parallel: Parallel, **options):
+    options = {"labels": p.labels, "label_weight": p.mask, "vocab_topk": 12} | options
+    loss, stats = projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
+    rows = (stats.nll.detach() ** 2).sum(), stats.correct.sum()
+    return loss, [*stats[:4], *map(parallel.sequence_sum, rows)]
+
+
+def gold(p: Problem, parallel: Parallel, **options):
+    student, parallel = parallel.cut(p.student, STUDENT)
+    options = {"sample_mask": p.sample_mask} | options
+    loss, metrics = gold_kl(student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
+    return loss, list(metrics.values())
+
+
+def token(p: Problem, parallel: Parallel, **options):
+    student, parallel = parallel.cut(p.student, STUDENT)
+    return token_kl(student, p.same[..., :STUDENT], p.mask, n_tokens=7.0, parallel=parallel, **options), []
+
+
+def next_token_loss(p: Problem, parallel: Parallel):
+    student, parallel = parallel.cut(p.student, STUDENT)
+    if not parallel.sharded:
+        log_p = torch.log_softmax(student, 2)
+        nll = torch.where(p.labels >= 0, -log_p.gather(2, p.labels.clamp_min(0)[..., None])[..., 0], 0.0)
+        right = student.argmax(2) == p.labels
+    else:
+        nll, right = next_token_nll(student, p.labels, parallel)
+    return parallel.sequence_sum((nll * p.mask).sum()), [parallel.sequence_sum(right.sum())]
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable
+    options: dict
+    seed: int = 0
+    valid: float = 0.8
+    split: str = "zigzag"  # how the positions are spread
+    even: bool = False  # slabs as torch.chunk cuts them
+
+
+def cases() -> list[Case]:
+    found = []
+    for reverse in (False, True):
+        way = "reverse" if reverse else "forward"
+        found += [
+            Case(f"projection_kl {way}", projection, {"divergence": way, "temperature": 1.5}),
+            Case(f"projection_kl {way} all columns", projection, {"divergence": way, "vocab_topk": 99}, 1, even=True),
+            Case(f"gold_kl {way}", gold, {"reverse": reverse, "temperature": 1.5}, 2),
+            Case(f"gold_kl {way} relaxed", gold, {"reverse": reverse, "relaxed": True, "uncommon_topk": 4}, 3, even=True),
+            Case(f"token_kl {way}", token, {"reverse": reverse, "vocab_topk": 9, "temperature": 2.0}, 4),
+            Case(f"token_kl {way} all tokens", token, {"reverse": reverse}, 5, even=True),
+        ]
+    exact = {"exact_only": True, "sample_mask": None, "column_mask": None}
+    found += [
+        Case("projection_kl exact", projection, exact, 6, split="halves"),
+        Case("gold_kl exact", gold, {"exact_only": True, "sample_mask": None}, 7, split="halves"),
+        Case("projection_kl js", projection, {"divergence": "js"}, 11),
+        Case("projection_kl with tail", projection, {"tail": True, "temperature": 2.0}, 12),
+        Case("projection_kl js with tail and labels", projection_and_labels, {"tail": True, "divergence": "js"}, 13),
+        Case("projection_kl with labels", projection_and_labels, {}, 14, split="halves", even=True),
+        Case("next_token_nll", next_token_loss, {}, 8),
+    ]
+    for run in (projection, gold, token, next_token_loss):
+        found.append(Case(f"{run.__name__}: one rank holds everything", run, {}, 9, split="first"))
+    for run in (projection, gold):
+        found.append(Case(f"{run.__name__}: nothing is valid", run, {}, 10, valid=0.0))
+    return found
+
+
+def positions(split: str, n: int, rank: int, ranks: int) -> list[int]:
+    if ranks == 1 or (split == "first" and rank == 0):
+        return list(range(n))
+    if split == "first":
+        return []
+    if split == "halves":
+        return list(range(n * rank // ranks, n * (rank + 1) // ranks))
+    outer = [i for i in range(n) if i < n // 4 or i >= n - n // 4]
+    return outer if rank == 0 else [i for i in range(n) if i not in outer]
+
+
+def slab(rank: int, ranks: int, even: bool) -> slice:
+    if ranks == 1 or even:
+        size = -(-HEADS[0] // ranks)
+        return slice(rank * size, min((rank + 1) * size, HEADS[0]))
+    cuts = (0, *CUTS[ranks])
+    return slice(cuts[rank], cuts[rank + 1])
+
+
+def check(case: Case, vocab, sequence) -> None:
+    """Raises where this rank's loss, statistics or gradient are not those of one process."""
+    n_vocab, n_sequence = (1 if group is None else group.size() for group in (vocab, sequence))
+    rank, place = (0 if group is None else group.rank() for group in (vocab, sequence))
+    columns = slab(rank, n_vocab, case.even)
+    share = Share(columns, *(positions(case.split, n, place, n_sequence) for n in POSITIONS))
+    parallel = Parallel(vocab, sequence, HEADS[0], None if case.even else columns.start)
+    whole = problem(case.seed, valid=case.valid)
+    mine = share.of(whole)
+    results = []
+    for p, groups in ((whole, ONE_RANK), (mine, parallel)):
+        p.student.requires_grad_()
+        loss, stats = case.run(p, groups, **case.options)
+        (2 * loss).backward()
+        results.append((loss.detach(), stats, p.student.grad))
+    (right, right_stats, right_grad), (loss, stats, grad) = results
+    torch.testing.assert_close(loss, right, rtol=1e-9, atol=1e-12)
+    for got, wanted in zip(stats, right_stats, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, right_grad[:, share.student, share.columns], rtol=1e-9, atol=1e-12)
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = max(a * b for a, b in SHAPES)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+    failures = {}
+    for n_vocab, n_sequence in SHAPES:
+        table = torch.arange(n_vocab * n_sequence).view(n_sequence, n_vocab)
+        vocab = [dist.new_group(row.tolist()) for row in table]
+        sequence = [dist.new_group(column.tolist()) for column in table.T]
+        if rank >= table.numel():
+            continue
+        place, slab_of = divmod(rank, n_vocab)
+        groups = vocab[place] if n_vocab > 1 else None, sequence[slab_of] if n_sequence > 1 else None
+        for case in cases():
+            try:
+                check(case, *groups)
+            except Exception:
+                failures[f"{n_vocab}x{n_sequence} {case.name}"] = traceback.format_exc()
+    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
+    dist.barrier()
+    dist.destroy_process_group()
