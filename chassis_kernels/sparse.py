@@ -173,3 +173,12 @@ def slice_columns(start: Tensor, rows: Tensor, weights: Tensor, columns: Tensor)
     found = rows[entries].to(torch.int64)
     order = torch.argsort(found, stable=True)
     return Edges(found[order], positions[order], weights[entries][order])
+
+
+def take_columns(view: ColumnView, columns: Tensor) -> ColumnView:
+    """The view of the teacher tokens `columns` [k] alone, in this order."""
+    count = view.start.diff()[columns]
+    start = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    positions = torch.repeat_interleave(torch.arange(len(columns), device=columns.device), count)
+    entries = torch.arange(len(positions), device=columns.device) + (view.start[columns] - start[:-1])[positions]
+    return ColumnView(start, view.rows[entries], view.weights[entries])

@@ -1,0 +1,145 @@
+"""Every form of a teacher, reduced to columns in tiles, against the [B, T, V] logits that it stands for."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import LiveMemory
+
+from chassis_kernels import teacher as module
+from chassis_kernels.reference import teacher as reference
+from chassis_kernels.reference.projection_kl import top_columns
+from chassis_kernels.sparse import SparseProjection, take_columns
+from chassis_kernels.teacher import TeacherHead, TopK, check_teacher, compact
+
+BUDGET = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+FORMS = ("logits", "head", "top-k")
+
+
+def make(form, b=2, t=5, v=40, m=6, seed=0, dtype=torch.float32, head=8):
+    """A teacher of v tokens; the head is wider than that, and a top-k has empty places."""
+    g = torch.Generator().manual_seed(seed)
+    if form == "logits":
+        return (3 * torch.randn(b, t, v + 3, generator=g)).to(dtype)
+    if form == "head":
+        hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((b, t, head), (v + 3, head), (v + 3,)))
+        return TeacherHead(hidden.to(dtype), weight.to(dtype), bias.to(dtype), 6.0 if seed % 2 else None)
+    log_probs = torch.log_softmax(3 * torch.randn(b, t, v, generator=g), -1)
+    m = min(m, v)
+    log_probs, ids = log_probs.topk(m, -1)
+    ids = torch.where(torch.rand(b, t, m, generator=g) < 0.2, -1, ids)
+    return TopK(log_probs.to(dtype), ids)
+
+
+@given(
+    form=st.sampled_from(FORMS),
+    b=st.integers(0, 2),
+    t=st.integers(0, 9),
+    v=st.integers(1, 70),
+    m=st.integers(0, 70),
+    k=st.integers(1, 80),
+    masked=st.booleans(),
+    tail=st.booleans(),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    tile=st.sampled_from([1, 4096, 1 << 24]),
+    seed=st.integers(0, 99),
+)
+@BUDGET
+def test_equals_the_materialised_logits(form, b, t, v, m, k, masked, tail, temperature, tile, seed):
+    teacher = make(form, b, t, v, m, seed, torch.float64)
+    full = reference.logits(teacher, v)
+    mask = torch.rand(b, t, generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
+    before, module.TILE_BYTES = module.TILE_BYTES, tile
+    try:
+        columns, logits = compact(teacher, v, k, temperature=temperature, tail=tail, column_mask=mask)
+    finally:
+        module.TILE_BYTES = before
+    want = top_columns(full.flatten(0, 1), None if mask is None else mask.flatten(), k)
+    assert torch.equal(columns, want)
+    torch.testing.assert_close(logits[..., : len(columns)], full[..., columns], rtol=1e-12, atol=1e-12)
+    assert logits.shape == (b, t, len(columns) + tail)
+    if tail:
+        others = torch.ones(v, dtype=torch.bool)
+        others[columns] = False
+        rest = torch.where(others, full / temperature, -torch.inf).logsumexp(-1)
+        torch.testing.assert_close(logits[..., -1], temperature * rest, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_can_be_given_in_any_order_and_repeat(form):
+    teacher, columns = make(form), torch.tensor([7, 3, 39, 3])
+    found = compact(teacher, 40, 5, columns=columns)
+    assert torch.equal(found.columns, columns)
+    torch.testing.assert_close(found.logits, reference.logits(teacher, 40)[..., columns])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_it_is(form, dtype):
+    teacher = make(form, dtype=dtype)
+    columns, logits = compact(teacher, 40, 9)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    torch.testing.assert_close(logits, reference.logits(teacher, 40)[..., columns].float())
+
+
+def test_a_top_k_that_lists_all_mass_leaves_a_little():
+    listed = torch.tensor([[[0.75, 0.5]]]).log()  # rounding can take the sum beyond 1
+    full = reference.logits(TopK(listed, torch.tensor([[[2, 0]]])), 4)
+    assert torch.isclose(full[0, 0, 1], torch.tensor(0.5e-10).log()) and full.isfinite().all()
+    everything = TopK(torch.full((1, 1, 4), 0.25).log(), torch.tensor([[[3, 0, 1, 2]]]))
+    assert torch.equal(compact(everything, 4, 4, tail=True).logits[..., -1], torch.tensor([[-torch.inf]]))
+
+
+def test_a_top_k_is_a_distribution():
+    full = reference.logits(make("top-k", dtype=torch.float64), 40)
+    torch.testing.assert_close(full.exp().sum(-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", ["head", "top-k"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_no_tensor_of_all_logits_is_made(form, tail, monkeypatch):
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * 60 * 64)
+    teacher = make(form, 3, 20, 5000, 8)
+    with LiveMemory() as live:
+        compact(teacher, 5000, 100, tail=tail)
+    assert max(torch.Size(shape).numel() for shape in live.shapes) < 60 * 5000 / 4
+    assert live.peak < 4 * 60 * 5000 / 2
+
+
+def test_autocast_changes_nothing():
+    teacher = make("head")
+    plain = compact(teacher, 40, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compact(teacher, 40, 9).logits, plain.logits)
+
+
+def test_columns_of_a_projection_can_be_taken_out():
+    g = torch.Generator().manual_seed(0)
+    projection = SparseProjection(torch.randint(-1, 9, (12, 3), generator=g), torch.rand(12, 3, generator=g), 9)
+    columns = torch.tensor([4, 0, 8])
+    view = take_columns(projection.columns, columns)
+    dense = torch.zeros(12, 3)
+    for j in range(3):
+        entries = slice(int(view.start[j]), int(view.start[j + 1]))
+        dense[:, j].index_add_(0, view.rows[entries].long(), view.weights[entries])
+    torch.testing.assert_close(dense, projection.dense()[:, columns])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (torch.zeros(2, 3, 4), "expected .B, T, >= 5."),
+        (TeacherHead(torch.zeros(2, 3, 4), torch.zeros(4, 4)), r">= 5, D"),
+        (TeacherHead(torch.zeros(2, 3, 4), torch.zeros(5, 3)), r"weight \(5, 3\)"),
+        (TeacherHead(torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(4)), r"bias has shape \(4,\)"),
+        (TeacherHead(torch.zeros(2, 3, 4), torch.zeros(5, 4), None, 0.0), "softcap is 0.0"),
+        (TopK(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)), "ids torch.float32"),
+        (TopK(torch.zeros(2, 3, 4), torch.full((2, 3, 4), 5)), "from 5 to 5, with 5 teacher tokens"),
+        ([1.0], "the teacher is a list"),
+    ],
+)
+def test_what_does_not_fit_is_refused(teacher, message):
+    with pytest.raises(ValueError, match=message):
+        check_teacher(teacher, 5)
+    for form in FORMS:
+        assert check_teacher(make(form), 40) == (2, 5)
