@@ -102,6 +102,13 @@ def projection_kl(
     return reference.loss(student_logits, teacher_logits, projection, chunks, **options, **ops)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits[..., :size]) of labels [B, T] (-1: none), in nats, [B, T] and 0 where there is none; and where no
+    logit is above the label's, [B, T] bool. logits [B, T, >= size], read once; differentiable in them."""
+    _check_labels(logits, size, labels, None)
+    return reference.cross_entropy(logits, labels, size, torch.ops.chassis.projection_kl)
+
+
 class _IntoBuffer(torch.autograd.Function):
     """The loss and, in the same pass, its gradient in the caller's buffer; backward hands the buffer over, once."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chassis_kernels.chunks import next_token
 from chassis_kernels.gold_kl import gold_kl
-from chassis_kernels.projection_kl import projection_kl
+from chassis_kernels.projection_kl import cross_entropy, projection_kl
 from chassis_kernels.reference import xtoken_loss as reference
 from chassis_kernels.reference.xtoken_loss import TeacherBatch
 from chassis_kernels.token_kl import token_kl
@@ -53,7 +53,7 @@ def xtoken_loss(
             dist.all_reduce(total, group=group)
         return total
 
-    kernels = reference.EAGER if eager else reference.Kernels(projection_kl, gold_kl, token_kl)
+    kernels = reference.EAGER if eager else reference.Kernels(projection_kl, gold_kl, token_kl, cross_entropy)
     return reference.compose(student_logits, config, student, teachers, kernels, group_sum)
 
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import rerun_on
 
+from benchmarks.timing import peak_bytes
 from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks
 from chassis_kernels.projection_kl import projection_kl
@@ -17,6 +18,7 @@ from chassis_kernels.sparse import SparseProjection
 
 HAVE = [b for b in ("reference", "cpu") if not backends.why_not("projection_kl", b, "cpu")]
 OPS = ("projection_kl", "projection_kl_backward", "projection_kl_", "top_columns")
+CPU = torch.device("cpu")
 DIVERGENCES = reference.DIVERGENCES
 HALF = (torch.bfloat16, torch.float16)
 BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -457,6 +459,20 @@ def test_threads_do_not_change_a_bit(backend):
         torch.set_num_threads(before)
     if backend == "cpu":
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_beside_the_gradient_is_a_tenth_of_the_logits(dtype):
+    p = problem(1, 256, 256, 16000, 20000, 4, 150, 4096, labelled=True).to(dtype)
+    p.projection.columns  # noqa: B018 - kept by the projection
+    before, unit, buffer = torch.get_num_threads(), 4 * p.student.numel(), torch.zeros_like(p.student)
+    try:
+        torch.set_num_threads(2)
+        peaks = [peak_bytes(lambda: run(p), CPU) - buffer.nbytes, peak_bytes(lambda: run(p, grad_buffer=buffer), CPU)]
+    finally:
+        torch.set_num_threads(before)
+    assert max(peaks) <= 0.1 * unit, peaks
 
 
 def test_autocast(backend):

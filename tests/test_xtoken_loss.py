@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.timing import peak_bytes
+from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.xtoken_config import TeacherConfig, XTokenConfig
@@ -164,6 +166,35 @@ def test_nothing_valid_gives_zero_kd_and_zero_gradient(tensors):
         loss.backward()
         assert loss == 0 and metrics["kl_loss"] == 0 and metrics["kl_loss_scale"] == 1
         assert not logits.grad.any()
+
+
+@pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("options", [{"same_tokenizer": True}, {"gold_loss": True}, {}], ids=str)
+def test_no_float32_copy_of_bfloat16_logits(options):
+    """The step makes gradients for CE and KD (one for both with P-KL), their sum and a little scratch; a copy is two more."""
+    g = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(1, 192, 12000, generator=g).bfloat16() for _ in range(2))
+    config = XTokenConfig(12000, (TeacherConfig(12000, **options),), vocab_topk=2000)
+    ids = torch.randint(-1, 100, (1, 192), generator=g)
+    projection = SparseProjection(torch.randint(0, 12000, (12000, 2), generator=g), torch.ones(12000, 2), 12000)
+    chunks = Chunks(ids, ids, torch.ones(1, 100, dtype=torch.bool))
+    rest = {"input_ids": torch.randint(0, 12000, (1, 192), generator=g), "token_mask": torch.ones(1, 192)}
+    logits.requires_grad_()
+    projection.columns, projection.exact_map()  # noqa: B018 - kept by the projection
+
+    def step():
+        loss, metrics = xtoken_loss(logits, [TeacherBatch(teacher, projection, chunks)], config, **rest)
+        torch.autograd.grad(loss, logits)
+        assert metrics["accuracy"] < 0.1
+
+    gradients = 1 if not options else 3
+    assert peak_bytes(step, torch.device("cpu")) <= (gradients + 0.5) * logits.nbytes
+
+
+def test_ties_of_the_largest_logit_count_as_right(tensors):
+    logits, teachers, config, rest = problem(CASES[0], tensors)
+    for eager in (True, False):
+        assert xtoken_loss(torch.zeros_like(logits), teachers, config, **rest, eager=eager)[1]["accuracy"] == 1
 
 
 def test_token_count_defaults_to_this_batch(tensors):

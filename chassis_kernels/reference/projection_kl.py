@@ -88,10 +88,25 @@ def loss(
         total = total + weighted_sum(nll, label_weight.flatten().to(nll.dtype))
     found = stats(plan, kl, agree, chunks, columns)
     if labels is not None:
-        at_label = student_logits.detach().gather(2, labels.clamp_min(0)[..., None])[..., 0]
-        correct = (labels >= 0) & (at_label == row_max.detach().view(labels.shape))
-        found = found._replace(nll=nll.view(labels.shape), correct=correct)
+        found = found._replace(nll=nll.view(labels.shape), correct=_correct(student_logits, labels, row_max))
     return total, found
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, size: int, op: Callable | None = None) -> tuple[Tensor, Tensor]:
+    """nll and correct of ProjectionKLStats for logits [B, T, >= size], by the same op, with nothing to compare."""
+    rows, none = logits.flatten(0, 1), labels.new_zeros(0)
+    projection = labels.new_zeros(1), none.to(torch.int32), none.to(torch.float32)
+    chunks = torch.full_like(labels.flatten(), -1), none
+    _, _, nll, row_max, *_ = (op or projection_kl)(
+        rows, rows.detach()[:0], *projection, none, *chunks, labels.flatten(), size, 0, 1.0, 0, False
+    )
+    return nll.view(labels.shape), _correct(logits, labels, row_max)
+
+
+def _correct(logits: Tensor, labels: Tensor, row_max: Tensor) -> Tensor:
+    """[B, T] bool: there is a label and no logit is above it."""
+    at_label = logits.detach().gather(2, labels.clamp_min(0)[..., None])[..., 0]
+    return (labels >= 0) & (at_label == row_max.detach().view(labels.shape))
 
 
 def chunk_weights(plan: Layout, temperature: float, denominator: Tensor | float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses between models that share a tokenizer: position by position, with the next-token mask. And the CE beside them."""
+"""Losses between models that share a tokenizer: position by position, with the next-token mask."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import times, top_columns
 
 TOKENS_EPS = 1e-8
+SCORED_ROWS = 32  # rows of a float copy that only gives a score
 
 
 def loss(
@@ -86,39 +87,20 @@ def averaged_logits(teachers: list[Tensor], weights: list[float]) -> Tensor:
     return sum((weight / total) * logits.to(dtype) for weight, logits in zip(weights, teachers, strict=True))
 
 
-def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """-log p of the token after each position, in nats, [B, T]; 0 at the last position."""
-    log_p = torch.log_softmax(logits[:, :-1].to(compute_dtype(logits)), -1)
-    nll = -log_p.gather(2, input_ids[:, 1:, None])[..., 0]
-    return torch.cat([nll, torch.zeros_like(nll[:, :1]) if nll.shape[1] else nll.new_zeros(logits.shape[:2])], 1)
+def per_token(values: Tensor, mask: Tensor, n_tokens: Tensor | float) -> Tensor:
+    """Σ mask values / (n_tokens + 1e-8)."""
+    return _masked_sum(values.to(mask.dtype), mask) / (n_tokens + TOKENS_EPS)
 
 
-def cross_entropy(
-    logits: Tensor,  # [B, T, V]
-    input_ids: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T] next-token weights
-    n_tokens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The next-token loss per token in nats, at temperature 1, and the share of tokens guessed right."""
-    loss = _masked_sum(next_token_nll(logits, input_ids), mask) / (n_tokens + TOKENS_EPS)
-    guess = logits.detach().argmax(-1)[:, :-1]
-    right = _masked_sum((guess == input_ids[:, 1:]).to(loss.dtype), mask[:, :-1])
-    return loss, right / (n_tokens + TOKENS_EPS)
-
-
-def teacher_score(metric: str, logits: Tensor, input_ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed score of a teacher on its own tokens, and how many entered: to be reduced over the group, then divided.
-
-    ce: -NLL of the next token; entropy: -H; max_prob: the largest probability. `real` [B, T] bool: the tokens that count;
-    ce asks it of the predicted token, the others of the token itself.
-    """
-    if metric == "ce":
-        real, score = next_token(real), -next_token_nll(logits, input_ids)
-    else:
-        p = torch.softmax(logits.to(compute_dtype(logits)), -1)
-        score = (p * (p + 1e-10).log()).sum(-1) if metric == "entropy" else p.amax(-1)
-    real = real.to(score.dtype)
-    return _masked_sum(score, real).detach(), real.sum()
+def confidence(metric: str, logits: Tensor, real: Tensor, size: int) -> Tensor:
+    """How sure a teacher is at its positions `real` [B, T] bool, over its first `size` tokens: entropy: -H in nats;
+    max_prob: the largest probability. 0 elsewhere, [B, T]."""
+    rows, real = logits.flatten(0, 1), real.flatten()
+    out = torch.zeros(len(rows), dtype=compute_dtype(logits), device=logits.device)
+    for tile in real.nonzero()[:, 0].split(SCORED_ROWS):
+        p = torch.softmax(rows[tile, :size].to(out.dtype), -1)
+        out[tile] = (p * (p + 1e-10).log()).sum(-1) if metric == "entropy" else p.amax(-1)
+    return out.view(logits.shape[:2])
 
 
 def next_token_mask(token_mask: Tensor, sample_mask: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import Chunks, layout
+from chassis_kernels.chunks import Chunks, layout, next_token
 from chassis_kernels.reference import gold_kl, projection_kl, token_kl
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import SparseProjection
@@ -29,6 +29,7 @@ class Kernels(NamedTuple):
     projection_kl: Callable
     gold_kl: Callable = gold_kl.loss
     token_kl: Callable = token_kl.loss
+    cross_entropy: Callable = projection_kl.cross_entropy
 
 
 EAGER = Kernels(projection_kl.loss)
@@ -67,6 +68,15 @@ class Step(NamedTuple):
         student = self.student
         return token_kl.next_token_mask(student.token_mask, student.sample_mask, compute_dtype(student.logits))
 
+    def labels(self) -> Tensor:
+        """The token that each position predicts, -1 where it does not count, [B, T_s]."""
+        return torch.where(self.mask() != 0, next_token(self.student.input_ids), -1)
+
+    def logits(self) -> Tensor:
+        """The student's, over its tokens: [B, T_s, V_s]."""
+        logits, size = self.student.logits, self.config.student_vocab_size
+        return logits if logits.shape[-1] == size else logits[..., :size]
+
     def real(self, i: int) -> Tensor:
         """Positions of teacher i that are neither padding nor of a masked sample, [B, T_t] bool."""
         own = self.teachers[i].token_mask
@@ -86,12 +96,11 @@ def compose(
     group_sum: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> tuple[Tensor, Metrics]:
     """Loss [] and detached metrics. `group_sum` adds a tensor over all ranks; every rank must make every call."""
-    if not config.compat and logits.shape[-1] > config.student_vocab_size:
-        logits = logits[..., : config.student_vocab_size]
-    step = Step(config, student._replace(logits=logits), teachers, group_sum, kernels)
-    kd, metrics = _mode(step)
-    n_tokens = student.global_valid_tokens
-    ce, accuracy = token_kl.cross_entropy(logits, student.input_ids, step.mask(), n_tokens)
+    step = Step(config, student, teachers, group_sum, kernels)
+    kd, metrics, predicted = _mode(step)
+    if predicted is None:
+        predicted = kernels.cross_entropy(logits, step.labels(), config.student_vocab_size)
+    ce, accuracy = (token_kl.per_token(rows, step.mask(), student.global_valid_tokens) for rows in predicted)
     loss, factor = combine(config, kd, ce)
     samples = torch.ones_like(student.sample_mask) if config.compat else student.sample_mask != 0
     overall = {
@@ -114,52 +123,57 @@ def combine(config: XTokenConfig, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tenso
     return factor * kd + ce, factor
 
 
-def _mode(step: Step) -> tuple[Tensor, Metrics]:
+Predicted = tuple[Tensor, Tensor]  # nll and correct of every position of the student, [B, T_s]
+
+
+def _mode(step: Step) -> tuple[Tensor, Metrics, Predicted | None]:
+    """KD with its metrics, and what a kernel found out about the labels on its way through the student's logits."""
     config, teachers = step.config, step.teachers
     if config.kd_loss_mode == "select_teacher":
-        means = _scores(step, "ce")
-        best = int(means.argmax())
-        kd, metrics = _teacher(step, best)
-        return kd, metrics | {"selected_teacher": torch.as_tensor(best)}
+        best = int(_scores(step, "ce").argmax())
+        kd, metrics, predicted = _teacher(step, best, step.labels())
+        return kd, metrics | {"selected_teacher": torch.as_tensor(best)}, predicted
     if config.kd_loss_mode == "averaged_logits" and _same_shapes(step):
-        weights = [t.weight for t in config.teachers]
-        width = step.student.logits.shape[-1]
-        mean = token_kl.averaged_logits([t.logits[..., :width] for t in teachers], weights)
-        return step.kernels.token_kl(step.student.logits, mean, step.mask(), **_token_options(step)), {}
+        student, weights = step.logits(), [t.weight for t in config.teachers]
+        mean = token_kl.averaged_logits([t.logits[..., : student.shape[-1]] for t in teachers], weights)
+        return step.kernels.token_kl(student, mean, step.mask(), **_token_options(step)), {}, None
     weights = step.student.logits.new_tensor([t.weight for t in config.teachers], dtype=torch.float64)
     if config.sum_weights_metric:
         weights = torch.softmax(config.alpha * _scores(step, config.sum_weights_metric), 0)
-    kd, metrics = 0.0, {}
+    kd, metrics, predicted = 0.0, {}, None
     for i in range(len(teachers)):
-        one, its_metrics = _teacher(step, i)
+        one, its_metrics, its_predicted = _teacher(step, i, step.labels() if predicted is None else None)
+        predicted = its_predicted if predicted is None else predicted
         weight = weights[i].to(one.dtype)
         kd = kd + weight * config.vocabulary_scale(i) * one
         metrics |= its_metrics | {f"weight_t{i}": weight}
-    return kd, metrics
+    return kd, metrics, predicted
 
 
-def _teacher(step: Step, i: int) -> tuple[Tensor, Metrics]:
-    """KD of teacher i with its metrics, suffixed."""
-    config, teacher, student = step.config, step.teachers[i], step.student
+def _teacher(step: Step, i: int, labels: Tensor | None) -> tuple[Tensor, Metrics, Predicted | None]:
+    """KD of teacher i with its metrics, suffixed; P-KL also looks at the labels."""
+    config, teacher, student, predicted = step.config, step.teachers[i], step.student, None
     if config.teachers[i].same_tokenizer:
         options = _token_options(step) | {"vocab_topk": config.vocab_topk, "column_mask": step.column_mask(i)}
-        kd, metrics = step.kernels.token_kl(student.logits, teacher.logits, step.mask(), **options), {}
+        kd, metrics = step.kernels.token_kl(step.logits(), teacher.logits, step.mask(), **options), {}
     else:
         common = {
             "temperature": config.temperature,
             "sample_mask": student.sample_mask,
             "denominator": _denominator(step, i),
         }
-        arguments = student.logits, teacher.logits, teacher.projection, teacher.chunks
+        arguments = teacher.logits, teacher.projection, teacher.chunks
         if config.uses_gold(i):
             common |= {"uncommon_topk": config.uncommon_topk, "relaxed": config.uses_relaxed(i)}
-            kd, metrics = step.kernels.gold_kl(*arguments, **common, reverse=config.reverse_kl)
+            kd, metrics = step.kernels.gold_kl(step.logits(), *arguments, **common, reverse=config.reverse_kl)
         else:
             common |= {"vocab_topk": config.vocab_topk, "exact_only": config.exact_token_match_only}
-            common |= {"divergence": "reverse" if config.reverse_kl else "forward"}
-            kd, stats = step.kernels.projection_kl(*arguments, **common, column_mask=step.column_mask(i))
+            common |= {"divergence": "reverse" if config.reverse_kl else "forward", "column_mask": step.column_mask(i)}
+            kd, stats = step.kernels.projection_kl(student.logits, *arguments, **common, labels=labels)
             metrics = {"proj_accuracy": stats.accuracy, "num_valid_pairs": stats.valid_pairs}
-    return kd, {f"{name}_t{i}": value for name, value in ({"kl_loss": kd.detach()} | metrics).items()}
+            predicted = None if labels is None else (stats.nll, stats.correct)
+    metrics = {f"{name}_t{i}": value for name, value in ({"kl_loss": kd.detach()} | metrics).items()}
+    return kd, metrics, predicted
 
 
 def _denominator(step: Step, i: int) -> Tensor | float:
@@ -182,8 +196,14 @@ def _scores(step: Step, metric: str) -> Tensor:
     """Mean score of each teacher on its own tokens over all ranks, [n_teachers] float64."""
     sums = []
     for i, teacher in enumerate(step.teachers):
-        ids = step.student.input_ids if teacher.input_ids is None else teacher.input_ids
-        sums.append(torch.stack(token_kl.teacher_score(metric, teacher.logits, ids, step.real(i))).double())
+        logits, real = teacher.logits.detach(), step.real(i)
+        size = logits.shape[-1] if step.config.compat else step.config.teachers[i].vocab_size
+        if metric == "ce":
+            ids, real = step.student.input_ids if teacher.input_ids is None else teacher.input_ids, next_token(real)
+            score = -step.kernels.cross_entropy(logits, torch.where(real, next_token(ids), -1), size)[0]
+        else:
+            score = token_kl.confidence(metric, logits, real, size)
+        sums.append(torch.stack([score.sum(), real.sum()]).double())
     total = step.group_sum(torch.stack(sums))
     scale = total.new_tensor([step.config.vocabulary_scale(i) for i in range(len(sums))])
     return total[:, 0] / total[:, 1].clamp_min(1) * scale
