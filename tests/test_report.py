@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 from chassis.errors import ChassisError
-from chassis.report import plain, print_report, tables, write_report
+from chassis.page import plain
+from chassis.report import print_report, tables, write_report
 from matplotlib import image
 from rich.console import Console
 

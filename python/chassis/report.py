@@ -6,14 +6,11 @@ Whatever is missing from it (no lenses asked for, no refinement, no passage) is 
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
 from chassis.files import write_folder
+from chassis.page import Row, Table, count, number, plain, print_tables, render, share, size
 
 CAPTIONS = {
     "kl_by_rank": "KL of the adapter at each rank. Dashed: what doing nothing scores. Right axis: the share of it removed.",
@@ -22,21 +19,7 @@ CAPTIONS = {
     "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
     "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
 }
-PAGE_ONLY = ("±", "parameters")  # columns that a terminal has no room for
 RAMP = ((255, 255, 255), (255, 224, 178), (250, 163, 104), (232, 96, 60))
-
-
-class Row(NamedTuple):
-    """Cells of a table row; `style` is "", "noop" or "chosen"."""
-
-    cells: list[str]
-    style: str = ""
-
-
-class Table(NamedTuple):
-    title: str
-    columns: list[str]
-    rows: list[Row]
 
 
 def write_report(results: dict, folder: str | Path) -> Path:
@@ -56,24 +39,12 @@ def write_report(results: dict, folder: str | Path) -> Path:
 
 def print_report(results: dict, console) -> None:
     """Print the tables and the generations to a rich console."""
-    import rich.box
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     results = plain(results)
     if results.get("title"):
         console.print(Text(results["title"], "bold"), "\n")
-    look = {"title_justify": "left", "title_style": "bold", "box": rich.box.SIMPLE_HEAD}
-    styles = {"": None, "noop": "dim", "chosen": "bold green"}
-    for table in tables(results):
-        grid = RichTable(**look, title=table.title, pad_edge=False)
-        shown = [position for position, name in enumerate(table.columns) if name not in PAGE_ONLY]
-        for position in shown:
-            name = table.columns[position].replace(" ", "\n").replace("/", "/\n")  # to fit 80 columns
-            grid.add_column(name, justify="right" if position else "left", no_wrap=True)
-        for row in table.rows:
-            grid.add_row(*(Text(row.cells[position]) for position in shown), style=styles[row.style])
-        console.print(grid)
+    print_tables(tables(results), console)
     if results.get("generations"):
         print_generations(results["generations"], console)
 
@@ -109,16 +80,16 @@ def _ranks(results: dict) -> Table:
     no_op, bits, rows = results["no_op"], results.get("bits_per_byte") or {}, []
     for row in results.get("ranks") or []:
         name = f"{row['rank']} {row['kind']}" + (f", {row['columns']} columns" if row.get("columns") else "")
-        cells = [name, *_kl(row, no_op), _share(row.get("top1"))]
-        cells += [_number(row.get("bits_per_byte")), _share(row.get("gap_closed"))]
-        rows.append(Row(cells + [_count(row.get("parameters")), _size(row.get("bytes"))], _if_chosen(row, results)))
-    first = ["no-op (base)", *_kl(no_op | {"share_removed": 0.0}, no_op), _share(no_op.get("top1"))]
-    first = Row(first + [_number(bits.get("base")), _share(0.0), "", ""], "noop")
+        cells = [name, *_kl(row, no_op), share(row.get("top1"))]
+        cells += [number(row.get("bits_per_byte")), share(row.get("gap_closed"))]
+        rows.append(Row(cells + [count(row.get("parameters")), size(row.get("bytes"))], _if_chosen(row, results)))
+    first = ["no-op (base)", *_kl(no_op | {"share_removed": 0.0}, no_op), share(no_op.get("top1"))]
+    first = Row(first + [number(bits.get("base")), share(0.0), "", ""], "noop")
     return Table("Adapters by rank", columns, [first, *rows] if rows else [])
 
 
 def _layers(results: dict) -> Table:
-    rows = [Row([row["name"], *_kl(row, results["no_op"]), _share(row.get("top1"))]) for row in results.get("layers") or []]
+    rows = [Row([row["name"], *_kl(row, results["no_op"]), share(row.get("top1"))]) for row in results.get("layers") or []]
     return Table("Lenses by layer", ["lens", "KL", "±", "no-op KL", "removed", "top-1"], rows)
 
 
@@ -139,7 +110,7 @@ def _costs(results: dict) -> Table:
         "batch_bytes": "memory: one batch",
         "peak_above_models_bytes": "memory: peak above the models",
     }
-    rows += [Row([label, _size(memory[key])]) for key, label in sizes.items() if memory.get(key) is not None]
+    rows += [Row([label, size(memory[key])]) for key, label in sizes.items() if memory.get(key) is not None]
     return Table("Time and memory", ["what", "cost"], rows)
 
 
@@ -147,7 +118,7 @@ def _data(results: dict) -> Table:
     data = results.get("data") or {}
     names = ("documents", "windows", "tokens")
     rows = [
-        Row([split, *(_count(data.get(f"{split}_{name}")) for name in names)])
+        Row([split, *(count(data.get(f"{split}_{name}")) for name in names)])
         for split in ("fit", "validation", "test")
         if data.get(f"{split}_tokens") is not None
     ]
@@ -155,14 +126,12 @@ def _data(results: dict) -> Table:
 
 
 def _html(results: dict, pictures: dict[str, bytes]) -> str:
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("chassis", "assets"), autoescape=True)
-    return environment.get_template("report.html").render(
-        r=results,
+    return render(
+        "report.html",
         title=results.get("title") or "chassis report",
+        pictures=[(png, CAPTIONS[name]) for name, png in pictures.items()],
+        r=results,
         cards=_cards(results),
-        pictures=[{"data": base64.b64encode(png).decode(), "caption": CAPTIONS[name]} for name, png in pictures.items()],
         tables=tables(results),
         passage=_passage(results),
         ramp=[_css(colour) for colour in RAMP],
@@ -180,15 +149,15 @@ def _cards(results: dict) -> list[dict]:
         cards.append({"label": label, "value": value, "note": note})
 
     if chosen:
-        removed = f"no-op {_number(no_op['kl'])}: {_share(chosen.get('share_removed'))} removed"
-        card("KL to the expert", _number(chosen["kl"]), removed)
-        card("Top-1 agreement", _share(chosen.get("top1")), f"no-op {_share(no_op.get('top1'))}")
+        removed = f"no-op {number(no_op['kl'])}: {share(chosen.get('share_removed'))} removed"
+        card("KL to the expert", number(chosen["kl"]), removed)
+        card("Top-1 agreement", share(chosen.get("top1")), f"no-op {share(no_op.get('top1'))}")
     if scores.get("adapted") is not None:
-        ends = f"base {_number(scores.get('base'))}, expert {_number(scores.get('expert'))}"
-        card("Bits per byte", _number(scores["adapted"]), f"{ends}: {_share(scores.get('gap_closed'))} of the gap closed")
+        ends = f"base {number(scores.get('base'))}, expert {number(scores.get('expert'))}"
+        card("Bits per byte", number(scores["adapted"]), f"{ends}: {share(scores.get('gap_closed'))} of the gap closed")
     if chosen and chosen.get("bytes") is not None:
         kind = f"rank {chosen['rank']}, {chosen['kind']}"
-        card("Adapter on disk", _size(chosen["bytes"]), f"{_count(chosen.get('parameters'))} parameters, {kind}")
+        card("Adapter on disk", size(chosen["bytes"]), f"{count(chosen.get('parameters'))} parameters, {kind}")
     if seconds.get("total") is not None:
         stages = {"statistics": "the pass over the text", "refine": "refinement"}
         parts = [f"{seconds[key]:.0f} s {label}" for key, label in stages.items() if seconds.get(key) is not None]
@@ -209,12 +178,12 @@ def _passage(results: dict) -> dict | None:
             body = token["text"].rstrip("\n")
             kl = token[key]
             colour = "transparent" if kl is None else _css(_colour(kl / top))
-            cells.append({"text": body or "↵", "tail": token["text"][len(body) :], "kl": _number(kl), "colour": colour})
+            cells.append({"text": body or "↵", "tail": token["text"][len(body) :], "kl": number(kl), "colour": colour})
         return {"name": name, "tokens": cells}
 
     def mean(key: str) -> str:
         kept = [t[key] for t in tokens if t[key] is not None]
-        return _number(sum(kept) / len(kept) if kept else None)
+        return number(sum(kept) / len(kept) if kept else None)
 
     sides = [side("no-op: the base as it is", "no_op_kl"), side("adapted", "kl")]
     return {"top": f"{top:.1f}", "before": mean("no_op_kl"), "after": mean("kl"), "sides": sides}
@@ -248,39 +217,4 @@ def _css(colour: tuple[int, int, int]) -> str:
 
 def _kl(row: dict, no_op: dict) -> list[str]:
     """Cells for KL, its standard error, the no-op KL and the share of it removed."""
-    return [_number(row["kl"]), _number(row.get("stderr")), _number(no_op["kl"]), _share(row.get("share_removed"))]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}".replace("%", " %")
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _size(n_bytes: float | None) -> str:
-    if n_bytes is None:
-        return "–"
-    for unit in ("B", "kB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} GB"
-
-
-def plain(value):
-    """A copy fit for JSON, HTML and a terminal: NaN and infinity become None, control characters U+FFFD."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, str):
-        return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in value)
-    if isinstance(value, bool | int | None):
-        return value
-    return float(value) if math.isfinite(value) else None
+    return [number(row["kl"]), number(row.get("stderr")), number(no_op["kl"]), share(row.get("share_removed"))]

@@ -95,7 +95,7 @@ def _run(function: Callable[..., dict], terminal: Terminal, as_json: bool, debug
             print(json.dumps({"error": str(error)}), file=stdout)
         raise typer.Exit(USER_ERROR) from None
     if as_json:
-        from chassis.report import plain
+        from chassis.page import plain
 
         print(json.dumps(plain(result), allow_nan=False), file=stdout)
     if terminal.exit_code:
