@@ -11,3 +11,11 @@ class DataError(ChassisError):
 
 class ModelError(ChassisError):
     """The model cannot be found, cannot be loaded safely, or is not built as the work at hand needs."""
+
+
+class TokenizerError(ChassisError):
+    """The tokenizer cannot be read as bytes, or does not give back the text it was given."""
+
+
+class BridgeError(ChassisError):
+    """The bridge does not fit the tokenizers, or the text to build it from does not suffice."""
