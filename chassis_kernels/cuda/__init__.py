@@ -1,0 +1,23 @@
+"""CUDA C++ kernels: one file per op, over the extension `chassis_kernels._CUDA`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+try:
+    _CUDA = importlib.import_module("chassis_kernels._CUDA")
+except ImportError as error:
+    _CUDA, ERROR = None, str(error)
+else:
+    ERROR = ""
+
+
+@contextlib.contextmanager
+def stream_of(device: torch.device) -> Iterator[int]:
+    """Makes `device` the current one inside the block and gives its current stream as the integer that kernels take."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream

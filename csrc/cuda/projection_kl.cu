@@ -1,0 +1,413 @@
+// KL between softmaxes over two vocabularies, chunk by chunk, through a sparse projection M; and its gradient. Per chunk c,
+// with p_t = softmax(z_t / tau) of its student rows and the teacher columns J (see reference/projection_kl.py):
+//
+//   a[j] = sum_s pbar[s] M[s, J_j]     r = a / (sum a + eps)     l = log(r + eps)     Q = mean log_softmax(teacher[J] / tau)
+//   forward KL = sum exp(Q) (Q - l)    reverse KL = sum (r + eps) (l - Q)             g = dKL/dr
+//   G[j] = (g[j] - sum g r) / (sum a + eps) / n      dKL/dz_t[s] = p_t[s] / tau * (B[s] - sum_s' p_t[s'] B[s']),  B = M[:, J] G
+//
+// A block takes a whole chunk and reads each student row from memory once, for (max, sum). What follows looks only at the
+// tokens that have entries in J, whose mean probabilities, and B after them, stay in shared memory beside a, Q and G; the
+// gradient's pass runs from the row's end, where its logits are still in the second-level cache. Both products with M gather
+// in a fixed order, so that no sum depends on the order in which threads run. Items are dealt out by a counter.
+#include "cuda/rows.h"
+
+#ifndef CHASSIS_CUDA_THREADS
+#define CHASSIS_CUDA_THREADS 512
+#endif
+
+namespace chassis {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = CHASSIS_CUDA_THREADS;
+constexpr float kEps = 1e-10f;
+constexpr int kReduction = 32;  // floats for block reductions, at the start of shared memory
+constexpr int kHeavy = 32;      // entries from which a whole warp takes a teacher token
+
+// Whether J_j is the first of its equals: repeated columns share the entries of the first.
+__device__ inline bool first_of_equals(const Slice& m, int64_t j) { return j == 0 || m.columns[j] != m.columns[j - 1]; }
+
+// f(e, j) for the entries e of teacher token J_j, a warp to a token.
+template <class F>
+__device__ inline void for_entries(const Slice& m, F f) {
+  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
+  for (int64_t j = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; j < m.k; j += warps)
+    if (first_of_equals(m, j))
+      for (int64_t e = m.start[m.columns[j]] + threadIdx.x % 32; e < m.start[m.columns[j] + 1]; e += 32) f(e, j);
+}
+
+__global__ void count_kernel(const __grid_constant__ Slice m) {
+  for_entries(m, [&](int64_t e, int64_t) { atomicAdd(m.count + m.rows[e], 1); });
+}
+
+__global__ void index_kernel(const __grid_constant__ Slice m) {
+  const int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const bool has = s < m.width && m.count[s] > 0;
+  const uint32_t mask = __ballot_sync(kAll, has);
+  if (s % 32 == 0 && s / 32 <= (m.width + 31) / 32) m.words[s / 32] = {mask, s == 0 ? 0 : m.rank[min(s, m.width) - 1]};
+  if (has) {
+    m.ids[m.rank[s] - 1] = int32_t(s);
+    m.begin[m.rank[s]] = m.ends[s];
+  }
+  if (s == 0) m.begin[0] = 0;
+}
+
+// Places within a token are taken in any order here; sort_kernel makes it one order.
+__global__ void scatter_kernel(const __grid_constant__ Slice m) {
+  for_entries(m, [&](int64_t e, int64_t j) {
+    const int32_t s = m.rows[e];
+    m.slot[e] = m.rank[s] - 1;
+    m.entries[m.ends[s] - atomicSub(m.count + s, 1)] = {int32_t(j), m.weights[e]};
+  });
+}
+
+__global__ void sort_kernel(const __grid_constant__ Slice m) {
+  const int64_t u = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (u >= m.rank[m.width - 1]) return;
+  for (int32_t i = m.begin[u] + 1; i < m.begin[u + 1]; ++i) {
+    const Entry entry = m.entries[i];
+    int32_t at = i;
+    for (; at > m.begin[u]; --at) {
+      const Entry other = m.entries[at - 1];
+      if (other.position < entry.position || (other.position == entry.position && other.weight <= entry.weight)) break;
+      m.entries[at] = other;
+    }
+    m.entries[at] = entry;
+  }
+}
+
+__device__ inline float* on_chip() {
+  extern __shared__ uint4 shared_memory[];
+  return reinterpret_cast<float*>(shared_memory);
+}
+
+template <class T>
+struct Block {
+  const ProjectionKL& in;
+  const ProjectionKLResult& out;
+  float *reduction, *a, *Q;  // a and Q [k]; after compare() Q holds G
+  float* means;              // [touched] mean probabilities, then B; null where they do not fit
+  int64_t touched;
+  float inverse, to_exp2;  // 1 / tau; exp(x / tau) = exp2(x to_exp2)
+
+  __device__ const T* logits(int64_t row) const { return static_cast<const T*>(in.student.data) + row * in.student.stride; }
+  __device__ T* gradient(int64_t row) const { return static_cast<T*>(out.grad.data) + row * out.grad.stride; }
+  __device__ float sum(float x) const { return reduce(x, Sum(), reduction); }
+  __device__ bool labelled(int64_t row) const { return in.labels && in.labels[row] >= 0; }
+  __device__ float probability(int64_t row, int64_t s) const {
+    return exp2f((to_float(logits(row)[s]) - out.row_max[row]) * to_exp2) * out.row_scale[row];
+  }
+
+  // Row t's maximum and sums, and -log softmax(z)[label].
+  __device__ void statistics(int64_t row) const {
+    const bool label = labelled(row), apart = label && to_exp2 != kLog2e;
+    float best = -FLT_MAX, total = 0, total_ce = 0;
+    for_packs<false>(logits(row), in.slice.width, [&](int64_t, const auto& x) {
+      float top = x[0];
+      for (float v : x) top = fmaxf(top, v);
+      if (top > best) {
+        total *= exp2f((best - top) * to_exp2);
+        if (apart) total_ce *= exp2f((best - top) * kLog2e);
+        best = top;
+      }
+      float part = 0, part_ce = 0;
+      for (float v : x) part += exp2f((v - best) * to_exp2);
+      if (apart)
+        for (float v : x) part_ce += exp2f((v - best) * kLog2e);
+      total += part;
+      total_ce += part_ce;
+    });
+    const float top = reduce(best, Max(), reduction);
+    total = sum(total * exp2f((best - top) * to_exp2));
+    total_ce = apart ? sum(total_ce * exp2f((best - top) * kLog2e)) : total;
+    if (threadIdx.x == 0) {
+      out.row_max[row] = top;
+      out.row_scale[row] = 1 / total;
+      if (in.labels) {
+        out.ce_scale[row] = label ? 1 / total_ce : 0;
+        out.nll[row] = label ? logf(total_ce) - (to_float(logits(row)[in.labels[row]]) - top) : 0;
+      }
+    }
+  }
+
+  // Mean over n rows of p[s].
+  __device__ float mean(const int64_t* rows, int64_t n, int64_t s) const {
+    float total = 0;
+    for (int64_t i = 0; i < n; ++i) total += probability(rows[i], s);
+    return total / (n + kEps);
+  }
+  __device__ float project_back(int64_t u) const {
+    float b = 0;
+    for (int32_t i = in.slice.begin[u]; i < in.slice.begin[u + 1]; ++i)
+      b += in.slice.entries[i].weight * Q[in.slice.entries[i].position];
+    return b;
+  }
+
+  // a = M[:, J]^T pbar. Thread j sums column j; a column with many entries is summed by its whole warp.
+  __device__ void project(const int64_t* rows, int64_t n) const {
+    const Slice& m = in.slice;
+    if (means)
+      for (int64_t u = threadIdx.x; u < touched; u += blockDim.x) means[u] = mean(rows, n, m.ids[u]);
+    __syncthreads();
+    auto term = [&](int64_t e) { return m.weights[e] * (means ? means[m.slot[e]] : mean(rows, n, m.rows[e])); };
+    const int lane = threadIdx.x % 32;
+    for (int64_t from = threadIdx.x - lane; from < m.k; from += blockDim.x) {
+      const int64_t j = from + lane, first = j < m.k ? m.start[m.columns[j]] : 0, last = j < m.k ? m.start[m.columns[j] + 1] : 0;
+      float total = 0;
+      if (last - first < kHeavy)
+        for (int64_t e = first; e < last; ++e) total += term(e);
+      for (uint32_t heavy = __ballot_sync(kAll, last - first >= kHeavy); heavy; heavy &= heavy - 1) {
+        const int owner = __ffs(heavy) - 1;
+        const int64_t end = __shfl_sync(kAll, last, owner);
+        float part = 0;
+        for (int64_t e = __shfl_sync(kAll, first, owner) + lane; e < end; e += 32) part += term(e);
+        for (int step = 16; step; step /= 2) part += __shfl_xor_sync(kAll, part, step);
+        if (lane == owner) total = part;
+      }
+      if (j < m.k) a[j] = total;
+    }
+  }
+
+  // Q = mean over n rows of log_softmax(teacher[J] / tau). Thread j writes and reads only its own Q[j].
+  __device__ void teacher(const int64_t* rows, int64_t n) const {
+    const Slice& m = in.slice;
+    for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) Q[j] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      float best = -FLT_MAX, total = 0;
+      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) best = fmaxf(best, value(in.teacher, rows[i], m.columns[j]));
+      best = reduce(best, Max(), reduction);
+      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x)
+        total += exp2f((value(in.teacher, rows[i], m.columns[j]) - best) * to_exp2);
+      const float log_total = logf(sum(total));
+      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x)
+        Q[j] += (value(in.teacher, rows[i], m.columns[j]) - best) * inverse - log_total;
+    }
+    for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) Q[j] /= n + kEps;
+  }
+
+  // The place, as given, of the largest of f(j); the first of equals.
+  template <class F>
+  __device__ int argmax(F f) const {
+    float best = -INFINITY;
+    int place = INT32_MAX;
+    for (int64_t j = threadIdx.x; j < in.slice.k; j += blockDim.x) best = fmaxf(best, f(j));
+    best = reduce(best, Max(), reduction);
+    for (int64_t j = threadIdx.x; j < in.slice.k; j += blockDim.x)
+      if (f(j) == best) place = min(place, in.slice.place[j]);
+    return reduce(place, Min(), reduction);
+  }
+
+  // From a and Q: the chunk's KL, whether both sides prefer the same column, and G * factor in place of Q.
+  __device__ void compare(int64_t n, float factor, int64_t c) const {
+    const int64_t k = in.slice.k;
+    float total = 0, kl = 0, centre = 0;
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) total += a[j];
+    total = sum(total) + kEps;
+    if (out.kl) {
+      const bool agree = k > 0 && argmax([&](int64_t j) { return a[j] / total; }) == argmax([&](int64_t j) { return Q[j]; });
+      if (threadIdx.x == 0) out.agree[c] = agree;
+    }
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
+      const float r = a[j] / total, q = Q[j], l = logf(r + kEps);
+      float g;
+      if (in.divergence == 1) {
+        kl += (r + kEps) * (l - q);
+        g = 1 + l - q;
+      } else {
+        const float e = expf(q);
+        kl += e == 0 ? 0 : e * (q - l);
+        g = -e / (r + kEps);
+      }
+      centre += g * r;
+      Q[j] = g;
+    }
+    kl = sum(kl);
+    if (out.kl && threadIdx.x == 0) out.kl[c] = kl;
+    if (!out.grad.data) return;
+    centre = sum(centre);
+    const float scale = factor / total / (n + kEps);
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) Q[j] = (Q[j] - centre) * scale;
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x)
+      if (first_of_equals(in.slice, j))
+        for (int64_t i = j + 1; i < k && in.slice.columns[i] == in.slice.columns[j]; ++i) Q[j] += Q[i];
+    __syncthreads();
+  }
+
+  __device__ void chunk(int64_t c) const {
+    const int64_t *rows = in.student_members.order + in.student_members.first[c];
+    const int64_t *teacher_rows = in.teacher_members.order + in.teacher_members.first[c];
+    const int64_t n = in.student_members.first[c + 1] - in.student_members.first[c];
+    const int64_t n_teacher = in.teacher_members.first[c + 1] - in.teacher_members.first[c];
+    const float weight = out.weight ? out.weight[c] : 0;
+    if (n == 0 || n_teacher == 0 || (!out.kl && weight == 0)) {
+      if (out.kl && threadIdx.x == 0) out.kl[c] = 0, out.agree[c] = false;
+      for (int64_t i = 0; i < n; ++i) alone(rows[i], n == 0 || n_teacher == 0);
+      return;
+    }
+    if (!out.known)
+      for (int64_t i = 0; i < n; ++i) statistics(rows[i]);
+    __syncthreads();
+    project(rows, n);
+    teacher(teacher_rows, n_teacher);
+    compare(n, weight * inverse, c);
+    if (!out.grad.data) return;
+    const bool kept = means && n == 1;
+    float dot = 0;
+    if (means && weight != 0)
+      for (int64_t u = threadIdx.x; u < touched; u += blockDim.x) {
+        const float b = project_back(u);
+        if (kept) dot += means[u] * b;
+        means[u] = b;
+      }
+    __syncthreads();
+    for (int64_t i = n - 1; i >= 0; --i) {
+      if (!kept && weight != 0) {
+        dot = 0;
+        for (int64_t u = threadIdx.x; u < touched; u += blockDim.x)
+          dot += probability(rows[i], in.slice.ids[u]) * (means ? means[u] : project_back(u));
+      }
+      write_gradient(rows[i], weight != 0, sum(dot));
+    }
+  }
+
+  // A row that is compared with nothing, but may have a label.
+  __device__ void alone(int64_t row, bool skipped) const {
+    if (!out.known) {
+      if (labelled(row)) statistics(row);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        if (skipped) out.row_scale[row] = 0;
+        if (!labelled(row)) {
+          out.row_max[row] = 0;
+          if (in.labels) out.nll[row] = out.ce_scale[row] = 0;
+        }
+      }
+    }
+    __syncthreads();
+    if (out.grad.data) write_gradient(row, false, 0);
+  }
+
+  // B[s] for the N tokens from s on.
+  template <int N>
+  __device__ void back(int64_t s, float (&b)[N]) const {
+    const Word word = in.slice.words[s / 32];
+    const int shift = int(s % 32);
+    uint32_t bits = word.mask >> shift;
+    if (shift + N > 32) bits |= in.slice.words[s / 32 + 1].mask << (32 - shift);
+    int32_t u = word.before + __popc(word.mask & ((1u << shift) - 1));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      b[i] = 0;
+      if (bits >> i & 1) {
+        b[i] = means ? means[u] : project_back(u);
+        ++u;
+      }
+    }
+  }
+
+  __device__ void write_gradient(int64_t row, bool compared, float dot) const {
+    const T* z = logits(row);
+    T* to = gradient(row);
+    const int64_t label = labelled(row) ? in.labels[row] : -1;
+    const float nll_weight = label >= 0 && out.nll_weight ? out.nll_weight[row] : 0;
+    if (!compared && nll_weight == 0) return fill_zero(to, 0, out.grad.cols);
+    const float best = out.row_max[row], scale = compared ? out.row_scale[row] : 0;
+    const float ce_scale = nll_weight == 0 ? 0 : out.ce_scale[row];
+    const bool aligned = (reinterpret_cast<uintptr_t>(z) - reinterpret_cast<uintptr_t>(to)) % 16 == 0;
+    for_packs<true>(z, in.slice.width, [&](int64_t s, const auto& x) {
+      constexpr int n = sizeof(x) / sizeof(float);
+      float y[n];
+      if (compared) {
+        back(s, y);
+        for (int i = 0; i < n; ++i) y[i] = exp2f((x[i] - best) * to_exp2) * scale * (y[i] - dot);
+      } else {
+        for (int i = 0; i < n; ++i) y[i] = 0;
+      }
+      if (nll_weight != 0)
+        for (int i = 0; i < n; ++i) y[i] += nll_weight * (exp2f((x[i] - best) * kLog2e) * ce_scale - (s + i == label));
+      store(to + s, y, aligned);
+    });
+    fill_zero(to, in.slice.width, out.grad.cols);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) projection_kl_kernel(const __grid_constant__ ProjectionKL in,
+                                                                 const __grid_constant__ ProjectionKLResult out,
+                                                                 const int64_t shared, float* scratch, int32_t* next) {
+  const int64_t k = in.slice.k, room = shared / sizeof(float) - kReduction, touched = in.slice.rank[in.slice.width - 1];
+  float *reduction = on_chip(), *free = reduction + kReduction;
+  float* pair = scratch ? scratch + 2 * k * blockIdx.x : free;
+  if (!scratch) free += 2 * k;
+  float* means = touched <= room - (scratch ? 0 : 2 * k) ? free : nullptr;
+  const Block<T> block{in, out, reduction, pair, pair + k, means, touched, 1 / in.temperature, kLog2e / in.temperature};
+  const int64_t items = in.chunks + in.student_members.first[0];
+  for (;;) {
+    int64_t item = threadIdx.x == 0 ? atomicAdd(next, 1) : 0;
+    item = reduce(item, Sum(), reduction);
+    if (item >= items) return;
+    if (item < in.chunks) block.chunk(item);
+    else block.alone(in.student_members.order[item - in.chunks], true);
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, void* stream, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+template <class F>
+void with_kernel(DType student, F f) {
+  if (student == DType::fp32) f(projection_kl_kernel<float>);
+  else if (student == DType::bf16) f(projection_kl_kernel<bf16>);
+  else f(projection_kl_kernel<fp16>);
+}
+
+int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+}  // namespace
+
+void count_rows(const Slice& slice, void* stream) {
+  launch(count_kernel, blocks_for(slice.k, kThreads / 32), 0, stream, slice);
+}
+
+void slice_rows(const Slice& slice, void* stream) {
+  launch(index_kernel, blocks_for(slice.width + 32, kThreads), 0, stream, slice);
+  launch(scatter_kernel, blocks_for(slice.k, kThreads / 32), 0, stream, slice);
+  launch(sort_kernel, blocks_for(slice.width, kThreads), 0, stream, slice);
+}
+
+Launch projection_kl_launch(DType student, int64_t k, int64_t touched) {
+  int device, limit, processors, resident;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t fixed = kReduction * sizeof(float), pair = 2 * k * sizeof(float);
+  Launch plan{0, limit, 0};
+  if (fixed + pair > limit) plan.scratch = 2 * k;
+  const int64_t wanted = fixed + (plan.scratch ? 0 : pair) + touched * sizeof(float);
+  if (wanted < limit) plan.shared = wanted;
+  with_kernel(student, [&](auto kernel) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, size_t(plan.shared)));
+  });
+  plan.blocks = processors * resident;
+  return plan;
+}
+
+void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out, const Launch& plan, float* scratch, int32_t* next,
+                   void* stream) {
+  with_kernel(in.student.dtype, [&](auto kernel) {
+    launch(kernel, plan.blocks, plan.shared, stream, in, out, plan.shared, plan.scratch ? scratch : nullptr, next);
+  });
+}
+
+}  // namespace cuda
+}  // namespace chassis
