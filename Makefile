@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 GPU_OUT := $(or $(OUT),benchmarks/results)
-EXTENSION := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+EXTENSION := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc hands freed blocks above 128 kB back to the kernel; keeping them saves a fifth of the training time.
@@ -45,7 +45,7 @@ lint: $(VENV)/.built
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info python/*.egg-info
-	rm -f chassis_kernels/_C*.so
+	rm -f chassis_kernels/_C.*.so chassis_kernels/_CUDA.*.so
 	find chassis_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -63,6 +63,9 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         self.into_source = bool(self.inplace or self.editable_mode)  # setuptools resets `inplace` while it builds
+        if self.into_source and not any(ext.name.endswith("_CUDA") for ext in self.extensions):
+            for left in (ROOT / "chassis_kernels").glob("_CUDA.*.so"):  # from other sources, perhaps
+                left.unlink()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -127,8 +130,8 @@ class NinjaBuild(build_ext):
             host = "-Xcompiler -fPIC,-fvisibility=hidden"
             writer.rule(
                 "nvcc",
-                command=f'{nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 "-I{includes[0]}" {host}{machine} --threads 0 '
-                "-c $in -o $out",
+                command=f'{nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 "-I{includes[0]}" {host}{machine} '
+                "--threads 0 -c $in -o $out",
                 description="compile $out",
                 depfile="$out.d",
                 deps="gcc",

@@ -22,12 +22,17 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._pytree import tree_leaves
 
-try:
-    _C = importlib.import_module("chassis_kernels._C")
-except ImportError as error:
-    _C, _C_ERROR = None, str(error)
-else:
-    _C_ERROR = ""
+
+def _extension(name: str) -> tuple:
+    """A compiled module and "", or None and why it cannot be imported."""
+    try:
+        return importlib.import_module(f"chassis_kernels.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_C, _C_ERROR = _extension("_C")
+_CUDA, _CUDA_ERROR = _extension("_CUDA")
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -53,9 +58,17 @@ class Implementation:
 
 def triton_kernel(file: str, name: str, verified: str = "") -> Implementation:
     """`name` of chassis_kernels/triton/<file>.py, imported by the first call: it needs triton, this package does not."""
+    return _gpu_kernel(f"triton.{file}", name, verified)
 
+
+def cuda_kernel(file: str, name: str, verified: str = "") -> Implementation:
+    """`name` of chassis_kernels/cuda/<file>.py, which launches csrc/cuda/<file>.cu."""
+    return _gpu_kernel(f"cuda.{file}", name, verified)
+
+
+def _gpu_kernel(module: str, name: str, verified: str) -> Implementation:
     def run(*args):
-        return getattr(importlib.import_module(f"chassis_kernels.triton.{file}"), name)(*args)
+        return getattr(importlib.import_module(f"chassis_kernels.{module}"), name)(*args)
 
     return Implementation(run, GPU_DTYPES, verified)
 
@@ -129,6 +142,8 @@ def why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype] = froze
         return f"{op} has no {backend} implementation"
     if backend == "cpu" and _C is None:
         return f"the C++ extension is not built ({_C_ERROR}); install a C++17 compiler and reinstall chassis-kernels"
+    if backend == "cuda" and _CUDA is None:
+        return f"the CUDA extension is not built ({_CUDA_ERROR}); build it with CHASSIS_BUILD_CUDA=1, which needs nvcc"
     if backend == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
     if backend == "triton" and not have_triton():
@@ -184,7 +199,7 @@ def capabilities() -> list[dict]:
                 {
                     "op": op.name,
                     "backend": backend,
-                    "built": {"cpu": _C is not None, "triton": have_triton()}.get(backend, True),
+                    "built": {"cpu": _C is not None, "triton": have_triton(), "cuda": _CUDA is not None}.get(backend, True),
                     "executed": not note,
                     "interpreted": backend == "triton" and not note and interpreting(),
                     "verified": implementation.verified or "compiled, not verified",

@@ -311,6 +311,7 @@ backends.register(
     fake=_outputs,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    cuda=backends.cuda_kernel("projection_kl", "projection_kl"),
 )
 backends.register(
     f"projection_kl_backward(Tensor grad, Tensor? grad_nll, {_INPUTS}, Tensor row_max, Tensor row_scale, Tensor ce_scale) "
@@ -320,6 +321,7 @@ backends.register(
     example=_example_backward,
     inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    cuda=backends.cuda_kernel("projection_kl", "projection_kl_backward"),
 )
 backends.register(
     f"projection_kl_(Tensor(a!) out, Tensor weight, Tensor? nll_weight, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
@@ -327,6 +329,7 @@ backends.register(
     fake=lambda out, weight, nll_weight, *arguments: _outputs(*arguments)[:3],
     example=_example_into,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
+    cuda=backends.cuda_kernel("projection_kl", "projection_kl_"),
 )
 backends.register(
     "top_columns(Tensor teacher, Tensor? keep, int k) -> Tensor",

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 import torch
-
-try:
-    _CUDA = importlib.import_module("chassis_kernels._CUDA")
-except ImportError as error:
-    _CUDA, ERROR = None, str(error)
-else:
-    ERROR = ""
 
 
 @contextlib.contextmanager

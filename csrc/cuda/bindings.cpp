@@ -24,13 +24,14 @@ chassis::cuda::Members members(const py::handle& given) {
   return {pointer<int64_t>(t[0]), pointer<int64_t>(t[1])};
 }
 
-// the projection (start, rows, weights), J (columns, place), k, width, and the eight pointers that are written
+// the projection (start, rows, weights), J (columns, place), k, width, and the nine pointers that are written
 chassis::cuda::Slice slice(const py::tuple& t) {
   return {pointer<int64_t>(t[0]),  pointer<int32_t>(t[1]),  pointer<float>(t[2]),
           pointer<int64_t>(t[3]),  pointer<int32_t>(t[4]),  t[5].cast<int64_t>(),
           t[6].cast<int64_t>(),    pointer<int32_t>(t[7]),  pointer<int32_t>(t[8]),
           pointer<int32_t>(t[9]),  pointer<chassis::cuda::Word>(t[10]), pointer<int32_t>(t[11]),
-          pointer<int32_t>(t[12]), pointer<int32_t>(t[13]), pointer<chassis::cuda::Entry>(t[14])};
+          pointer<int32_t>(t[12]), pointer<int32_t>(t[13]), pointer<chassis::cuda::Entry>(t[14]),
+          pointer<uint32_t>(t[15])};
 }
 
 }  // namespace
@@ -43,16 +44,16 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("slice_rows", [](const py::tuple& s, uintptr_t stream) {
     chassis::cuda::slice_rows(slice(s), reinterpret_cast<void*>(stream));
   });
-  m.def("projection_kl_launch", [](int student, int64_t k, int64_t touched) {
-    const auto plan = chassis::cuda::projection_kl_launch(static_cast<chassis::DType>(student), k, touched);
+  m.def("projection_kl_launch", [](int student, int64_t outcomes, int64_t touched) {
+    const auto plan = chassis::cuda::projection_kl_launch(static_cast<chassis::DType>(student), outcomes, touched);
     return py::make_tuple(plan.blocks, plan.shared, plan.scratch);
   });
   m.def("projection_kl", [](const py::object& student, const py::object& teacher, const py::tuple& s, const py::tuple& chunks,
                             const py::tuple& options, const py::tuple& result, bool known, const py::object& grad,
                             const py::tuple& weights, const py::tuple& launch, const py::tuple& work, uintptr_t stream) {
     const chassis::cuda::ProjectionKL in{matrix(student), matrix(teacher), slice(s), members(chunks[0]), members(chunks[1]),
-                                         pointer<int64_t>(chunks[2]), chunks[3].cast<int64_t>(), options[0].cast<float>(),
-                                         options[1].cast<int>(), options[2].cast<bool>()};
+                                         pointer<int64_t>(chunks[2]), chunks[3].cast<int64_t>(), chunks[4].cast<int64_t>(),
+                                         options[0].cast<float>(), options[1].cast<int>(), options[2].cast<bool>()};
     const chassis::cuda::ProjectionKLResult out{
         pointer<float>(result[0]), pointer<bool>(result[1]), pointer<float>(result[2]), pointer<float>(result[3]),
         pointer<float>(result[4]), pointer<float>(result[5]), known, matrix(grad),

@@ -27,7 +27,8 @@ struct Slice {
   int32_t *count, *ends, *rank;  // [width] entries of a student token, and inclusive sums of the entries and of the tokens
   Word* words;                   // [ceil(width / 32) + 1]
   int32_t *ids, *begin, *slot;
-  Entry* entries;  // [nnz]
+  Entry* entries;    // [nnz]
+  uint32_t* chosen;  // [ceil(V_t / 32)] which teacher tokens are in J, a bit each; null: not wanted
 };
 
 struct ProjectionKL {
@@ -35,7 +36,7 @@ struct ProjectionKL {
   Slice slice;
   Members student_members, teacher_members;
   const int64_t* labels;  // [N_s], -1: none; may be null
-  int64_t chunks;
+  int64_t chunks, vocabulary;  // vocabulary: V_t
   float temperature;
   int divergence;
   bool tail;
@@ -50,15 +51,16 @@ struct ProjectionKLResult {
   Matrix grad;
   const float *weight, *nll_weight;
 };
-// Blocks to launch, their shared memory in bytes, and the floats of global memory that each needs beside it. `next` is a zero.
+// Blocks to launch, their shared memory in bytes, and the floats of global memory that each needs beside it.
 struct Launch {
   int blocks;
   int64_t shared, scratch;
 };
 
-void count_rows(const Slice& slice, void* stream);  // fills `count`, which is zero before
+void count_rows(const Slice& slice, void* stream);  // fills `count` and `chosen`, which are zero before
 void slice_rows(const Slice& slice, void* stream);  // the rest, from `count`, `ends` and `rank`; leaves `count` zero
-Launch projection_kl_launch(DType student, int64_t k, int64_t touched);
+Launch projection_kl_launch(DType student, int64_t outcomes, int64_t touched);  // at most `touched` student tokens
+// next: a zero, from which blocks count the chunks that they take.
 void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out, const Launch& launch, float* scratch, int32_t* next,
                    void* stream);
 

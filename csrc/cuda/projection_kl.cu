@@ -2,8 +2,10 @@
 // with p_t = softmax(z_t / tau) of its student rows and the teacher columns J (see reference/projection_kl.py):
 //
 //   a[j] = sum_s pbar[s] M[s, J_j]     r = a / (sum a + eps)     l = log(r + eps)     Q = mean log_softmax(teacher[J] / tau)
-//   forward KL = sum exp(Q) (Q - l)    reverse KL = sum (r + eps) (l - Q)             g = dKL/dr
+//   forward KL = sum exp(Q) (Q - l)    reverse KL = sum (r + eps) (l - Q)    Jensen-Shannon likewise    g = dKL/dr
 //   G[j] = (g[j] - sum g r) / (sum a + eps) / n      dKL/dz_t[s] = p_t[s] / tau * (B[s] - sum_s' p_t[s'] B[s']),  B = M[:, J] G
+//
+// and for a row with a label y, from the same read: nll = -log softmax(z)[y], dnll/dz[s] = softmax(z)[s] - [s = y].
 //
 // A block takes a whole chunk and reads each student row from memory once, for (max, sum). What follows looks only at the
 // tokens that have entries in J, whose mean probabilities, and B after them, stay in shared memory beside a, Q and G; the
@@ -19,6 +21,7 @@ namespace chassis {
 namespace cuda {
 namespace {
 
+enum Divergence : int { kForward, kReverse, kJensenShannon };
 constexpr int kThreads = CHASSIS_CUDA_THREADS;
 constexpr float kEps = 1e-10f;
 constexpr int kReduction = 32;  // floats for block reductions, at the start of shared memory
@@ -38,6 +41,8 @@ __device__ inline void for_entries(const Slice& m, F f) {
 
 __global__ void count_kernel(const __grid_constant__ Slice m) {
   for_entries(m, [&](int64_t e, int64_t) { atomicAdd(m.count + m.rows[e], 1); });
+  const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (m.chosen && j < m.k) atomicOr(m.chosen + m.columns[j] / 32, 1u << m.columns[j] % 32);
 }
 
 __global__ void index_kernel(const __grid_constant__ Slice m) {
@@ -85,14 +90,16 @@ template <class T>
 struct Block {
   const ProjectionKL& in;
   const ProjectionKLResult& out;
-  float *reduction, *a, *Q;  // a and Q [k]; after compare() Q holds G
+  float *reduction, *a, *Q;  // a and Q [outcomes]; after compare() Q holds G
   float* means;              // [touched] mean probabilities, then B; null where they do not fit
   int64_t touched;
   float inverse, to_exp2;  // 1 / tau; exp(x / tau) = exp2(x to_exp2)
 
   __device__ const T* logits(int64_t row) const { return static_cast<const T*>(in.student.data) + row * in.student.stride; }
   __device__ T* gradient(int64_t row) const { return static_cast<T*>(out.grad.data) + row * out.grad.stride; }
-  __device__ float sum(float x) const { return reduce(x, Sum(), reduction); }
+  __device__ int64_t outcomes() const { return in.slice.k + in.tail; }
+  template <class X>
+  __device__ X sum(X x) const { return reduce(x, Sum(), reduction); }
   __device__ bool labelled(int64_t row) const { return in.labels && in.labels[row] >= 0; }
   __device__ float probability(int64_t row, int64_t s) const {
     return exp2f((to_float(logits(row)[s]) - out.row_max[row]) * to_exp2) * out.row_scale[row];
@@ -168,24 +175,31 @@ struct Block {
     }
   }
 
-  // Q = mean over n rows of log_softmax(teacher[J] / tau). Thread j writes and reads only its own Q[j].
+  // Q = mean over n rows of log_softmax(teacher[J] / tau); with the tail, log of the softmax over all tokens and of what it
+  // gives those outside J. Here and in compare() a thread writes and reads only its own outcomes.
   __device__ void teacher(const int64_t* rows, int64_t n) const {
     const Slice& m = in.slice;
-    for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) Q[j] = 0;
+    const int64_t read = in.tail ? in.vocabulary : m.k;
+    for (int64_t j = threadIdx.x; j < outcomes(); j += blockDim.x) Q[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
-      float best = -FLT_MAX, total = 0;
-      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) best = fmaxf(best, value(in.teacher, rows[i], m.columns[j]));
+      float best = -FLT_MAX, total = 0, rest = 0;
+      auto logit = [&](int64_t j) { return value(in.teacher, rows[i], in.tail ? j : m.columns[j]); };
+      for (int64_t j = threadIdx.x; j < read; j += blockDim.x) best = fmaxf(best, logit(j));
       best = reduce(best, Max(), reduction);
-      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x)
-        total += exp2f((value(in.teacher, rows[i], m.columns[j]) - best) * to_exp2);
-      const float log_total = logf(sum(total));
-      for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x)
-        Q[j] += (value(in.teacher, rows[i], m.columns[j]) - best) * inverse - log_total;
+      for (int64_t j = threadIdx.x; j < read; j += blockDim.x) {
+        const float e = exp2f((logit(j) - best) * to_exp2);
+        (in.tail && !(m.chosen[j / 32] >> j % 32 & 1) ? rest : total) += e;
+      }
+      rest = sum(rest);
+      total = sum(total) + rest;
+      const float log_total = logf(total);
+      for (int64_t j = threadIdx.x; j < outcomes(); j += blockDim.x)
+        Q[j] += j == m.k ? logf(rest / total + kEps) : (value(in.teacher, rows[i], m.columns[j]) - best) * inverse - log_total;
     }
-    for (int64_t j = threadIdx.x; j < m.k; j += blockDim.x) Q[j] /= n + kEps;
+    for (int64_t j = threadIdx.x; j < outcomes(); j += blockDim.x) Q[j] /= n + kEps;
   }
 
-  // The place, as given, of the largest of f(j); the first of equals.
+  // The place, as given, of the largest of f(j) over J; the first of equals.
   template <class F>
   __device__ int argmax(F f) const {
     float best = -INFINITY;
@@ -197,26 +211,37 @@ struct Block {
     return reduce(place, Min(), reduction);
   }
 
-  // From a and Q: the chunk's KL, whether both sides prefer the same column, and G * factor in place of Q.
+  // From a and Q: the chunk's divergence, whether both sides prefer the same column, and G * factor in place of Q.
   __device__ void compare(int64_t n, float factor, int64_t c) const {
     const int64_t k = in.slice.k;
-    float total = 0, kl = 0, centre = 0;
-    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) total += a[j];
-    total = sum(total) + kEps;
+    double sum_a = 0;
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) sum_a += a[j];
+    sum_a = sum(sum_a);
+    const float outside = in.tail ? fmaxf(0.0f, float(1 - sum_a)) : 0, total = float(sum_a) + outside + kEps;
+    if (in.tail && threadIdx.x == k % blockDim.x) a[k] = outside;
     if (out.kl) {
       const bool agree = k > 0 && argmax([&](int64_t j) { return a[j] / total; }) == argmax([&](int64_t j) { return Q[j]; });
       if (threadIdx.x == 0) out.agree[c] = agree;
     }
-    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
-      const float r = a[j] / total, q = Q[j], l = logf(r + kEps);
+    float sum_q = 0, kl = 0, centre = 0;
+    if (in.divergence == kJensenShannon) {
+      for (int64_t j = threadIdx.x; j < outcomes(); j += blockDim.x) sum_q += expf(Q[j]);
+      sum_q = sum(sum_q) + kEps;
+    }
+    for (int64_t j = threadIdx.x; j < outcomes(); j += blockDim.x) {
+      const float r = a[j] / total, u = r + kEps, q = Q[j], e = expf(q);
       float g;
-      if (in.divergence == 1) {
-        kl += (r + kEps) * (l - q);
+      if (in.divergence == kForward) {
+        kl += e == 0 ? 0 : e * (q - logf(u));
+        g = -e / u;
+      } else if (in.divergence == kReverse) {
+        const float l = logf(u);
+        kl += u * (l - q);
         g = 1 + l - q;
       } else {
-        const float e = expf(q);
-        kl += e == 0 ? 0 : e * (q - l);
-        g = -e / (r + kEps);
+        const float v = e / sum_q + kEps, m = 0.5f * (u + v);
+        g = 0.5f * logf(u / m);
+        kl += u * g + 0.5f * v * logf(v / m);
       }
       centre += g * r;
       Q[j] = g;
@@ -224,9 +249,9 @@ struct Block {
     kl = sum(kl);
     if (out.kl && threadIdx.x == 0) out.kl[c] = kl;
     if (!out.grad.data) return;
-    centre = sum(centre);
-    const float scale = factor / total / (n + kEps);
-    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) Q[j] = (Q[j] - centre) * scale;
+    centre = sum(centre);  // its barriers also make Q[k] everyone's
+    const float shift = outside > 0 ? Q[k] : centre, scale = factor / total / (n + kEps);  // the tail shrinks as a grows
+    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) Q[j] = (Q[j] - shift) * scale;
     __syncthreads();
     for (int64_t j = threadIdx.x; j < k; j += blockDim.x)
       if (first_of_equals(in.slice, j))
@@ -242,7 +267,7 @@ struct Block {
     const float weight = out.weight ? out.weight[c] : 0;
     if (n == 0 || n_teacher == 0 || (!out.kl && weight == 0)) {
       if (out.kl && threadIdx.x == 0) out.kl[c] = 0, out.agree[c] = false;
-      for (int64_t i = 0; i < n; ++i) alone(rows[i], n == 0 || n_teacher == 0);
+      for (int64_t i = 0; i < n; ++i) alone(rows[i]);
       return;
     }
     if (!out.known)
@@ -272,16 +297,13 @@ struct Block {
   }
 
   // A row that is compared with nothing, but may have a label.
-  __device__ void alone(int64_t row, bool skipped) const {
+  __device__ void alone(int64_t row) const {
     if (!out.known) {
       if (labelled(row)) statistics(row);
-      __syncthreads();
       if (threadIdx.x == 0) {
-        if (skipped) out.row_scale[row] = 0;
-        if (!labelled(row)) {
-          out.row_max[row] = 0;
-          if (in.labels) out.nll[row] = out.ce_scale[row] = 0;
-        }
+        out.row_scale[row] = 0;
+        if (!labelled(row)) out.row_max[row] = 0;
+        if (in.labels && !labelled(row)) out.nll[row] = out.ce_scale[row] = 0;
       }
     }
     __syncthreads();
@@ -336,19 +358,19 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) projection_kl_kernel(const __grid_constant__ ProjectionKL in,
                                                                  const __grid_constant__ ProjectionKLResult out,
                                                                  const int64_t shared, float* scratch, int32_t* next) {
-  const int64_t k = in.slice.k, room = shared / sizeof(float) - kReduction, touched = in.slice.rank[in.slice.width - 1];
-  float *reduction = on_chip(), *free = reduction + kReduction;
-  float* pair = scratch ? scratch + 2 * k * blockIdx.x : free;
-  if (!scratch) free += 2 * k;
-  float* means = touched <= room - (scratch ? 0 : 2 * k) ? free : nullptr;
-  const Block<T> block{in, out, reduction, pair, pair + k, means, touched, 1 / in.temperature, kLog2e / in.temperature};
+  const int64_t pair = 2 * (in.slice.k + in.tail), touched = in.slice.rank[in.slice.width - 1];
+  float *reduction = on_chip(), *end = reduction + shared / sizeof(float), *free = reduction + kReduction;
+  float* a = scratch ? scratch + pair * blockIdx.x : free;
+  if (!scratch) free += pair;
+  float* means = touched <= end - free ? free : nullptr;
+  const Block<T> block{in, out, reduction, a, a + pair / 2, means, touched, 1 / in.temperature, kLog2e / in.temperature};
   const int64_t items = in.chunks + in.student_members.first[0];
   for (;;) {
     int64_t item = threadIdx.x == 0 ? atomicAdd(next, 1) : 0;
     item = reduce(item, Sum(), reduction);
     if (item >= items) return;
     if (item < in.chunks) block.chunk(item);
-    else block.alone(in.student_members.order[item - in.chunks], true);
+    else block.alone(in.student_members.order[item - in.chunks]);
   }
 }
 
@@ -384,14 +406,14 @@ void slice_rows(const Slice& slice, void* stream) {
   launch(sort_kernel, blocks_for(slice.width, kThreads), 0, stream, slice);
 }
 
-Launch projection_kl_launch(DType student, int64_t k, int64_t touched) {
+Launch projection_kl_launch(DType student, int64_t outcomes, int64_t touched) {
   int device, limit, processors, resident;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t fixed = kReduction * sizeof(float), pair = 2 * k * sizeof(float);
+  const int64_t fixed = kReduction * sizeof(float), pair = 2 * outcomes * sizeof(float);
   Launch plan{0, limit, 0};
-  if (fixed + pair > limit) plan.scratch = 2 * k;
+  if (fixed + pair > limit) plan.scratch = 2 * outcomes;
   const int64_t wanted = fixed + (plan.scratch ? 0 : pair) + touched * sizeof(float);
   if (wanted < limit) plan.shared = wanted;
   with_kernel(student, [&](auto kernel) {

@@ -46,6 +46,8 @@ def environment() -> dict[str, str | int | None]:
         "cpu extension": "built" if backends._C else None,
         "cpu_isa": _cpu_isa(),
         "gpu": _gpu(),
+        "cuda extension": "built" if backends._CUDA else None,
+        "nvcc": _nvcc(),
         "compiler": _compiler(),
         "python headers": _headers(),
         "cache": str(cache_folder().parents[1]),
@@ -104,6 +106,11 @@ def _hints(found: dict, capabilities: list[dict]) -> list[str]:
             "then build it: `make` in a checkout, or `CHASSIS_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps` "
             "with the path of the source, which stops with the compiler's message if it fails"
         )
+    if found["gpu"] and not found["cuda extension"]:
+        do = "`CHASSIS_BUILD_CUDA=1 pip install --force-reinstall --no-deps` with the path of the source says why"
+        if not found["nvcc"]:
+            do = "install the CUDA toolkit, or name its folder in CUDA_HOME, and install chassis-kernels again"
+        hints.append(f"a GPU, but the CUDA extension is not built: {do}")
     if found["gpu"] and not found["triton"]:
         hints.append("a GPU but no triton: `pip install 'chassis-kernels[gpu]'`")
     failed = [r for r in capabilities if r["built"] and not r["executed"] and r["backend"] in ("reference", "cpu")]
@@ -159,12 +166,24 @@ def _gpu() -> str | None:
 
 def _compiler() -> str | None:
     """First line of `$CXX --version` (or c++), if it can be run."""
+    return _printed(os.environ.get("CXX") or "c++", 0)
+
+
+def _nvcc() -> str | None:
+    """Last line of `nvcc --version`, its build, from where setup.py looks for it."""
+    home = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    found = shutil.which("nvcc", path=os.pathsep.join([*home, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    return found and _printed(shlex.quote(found), -1)
+
+
+def _printed(compiler: str, line: int) -> str | None:
+    """That line of what `compiler --version` prints, if it can be run."""
     try:
-        command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
+        command = [*shlex.split(compiler), "--version"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return (result.stdout.splitlines() or [command[0]])[0]
+    return (result.stdout.splitlines() or [command[0]])[line]
 
 
 def _headers() -> str | None:

@@ -23,7 +23,7 @@
 
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -126,6 +126,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 template <class T> T atomicAdd(T* p, T x) { return std::exchange(*p, T(*p + x)); }
 template <class T> T atomicSub(T* p, T x) { return std::exchange(*p, T(*p - x)); }
+template <class T> T atomicOr(T* p, T x) { return std::exchange(*p, T(*p | x)); }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T x) { *p = x; }

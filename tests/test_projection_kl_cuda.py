@@ -1,0 +1,184 @@
+"""The CUDA kernels of projection_kl, compiled for the host: values, gradients and the hard inputs of test_projection_kl.py.
+
+What this shows: the arithmetic, the indices and the barriers are right. What it cannot show: that it runs on a GPU, or fast.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import test_projection_kl as cases
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_projection_kl import check, problem, run
+
+from chassis_kernels import backends, cuda
+from chassis_kernels.cuda import projection_kl as kernels
+from chassis_kernels.sparse import SparseProjection
+
+ROOT = Path(__file__).parents[1]
+OPS = ("projection_kl", "projection_kl_backward", "projection_kl_")
+BUDGET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    """The extension over kernels that g++ compiled for the host, and `emulate(processors, shared memory, reversed)`."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulation with")
+    pybind11 = pytest.importorskip("pybind11")
+    library = tmp_path_factory.mktemp("emulation") / "_CUDA.so"
+    folders = ROOT / "tests/cuda_emulation", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DCHASSIS_CUDA_THREADS=64"]
+    command += [f"-I{folder}" for folder in folders] + [ROOT / "tests/cuda_emulation/module.cpp", "-o", library]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    spec = importlib.util.spec_from_file_location("cuda_emulation._CUDA", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ctypes.CDLL(str(library)).emulate
+
+
+@pytest.fixture(scope="module")
+def patched(emulation):
+    """The op on CPU tensors through the CUDA backend's Python, whose extension is the emulation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_CUDA", emulation[0])
+        patch.setattr(cuda, "stream_of", lambda device: contextlib.nullcontext(0))
+        for name in OPS:
+            implementation = backends.Implementation(getattr(kernels, name), backends.GPU_DTYPES, "emulated")
+            patch.setitem(backends.OPS[name].implementations, "cpu", implementation)
+        yield emulation[1]
+
+
+@pytest.fixture
+def device(patched):
+    """emulate(processors, shared memory in bytes, reversed); every op on the emulated device."""
+    patched(2, 1 << 16, False)
+    with backends.use_backend("cpu"):
+        yield patched
+
+
+@pytest.fixture
+def backend(device):
+    """What the tests taken over from test_projection_kl.py ask for."""
+    return "cuda"
+
+
+TAKEN = (
+    "test_wide_vocabularies",
+    "test_chunk_values_are_what_the_formulas_say",
+    "test_jensen_shannon_is_bounded_and_symmetric",
+    "test_tail_counts_what_lies_outside_the_columns",
+    "test_labels_give_the_cross_entropy",
+    "test_a_label_that_is_nearly_certain_keeps_its_digits",
+    "test_upstream_gradients",
+    "test_second_backward_is_exact",
+    "test_gradient_into_a_buffer_and_over_the_logits",
+    "test_large_offsets",
+    "test_minus_infinity",
+    "test_minus_infinity_in_whole_blocks",
+    "test_a_student_that_knows",
+    "test_underflow_and_rows_without_projected_mass",
+    "test_heads_wider_than_their_tokenizers",
+    "test_columns_can_be_given_in_any_order",
+    "test_nothing_to_compare",
+    "test_no_chunk_slots",
+    "test_rows_outside_chunks_have_zero_gradient_in_a_poisoned_buffer",
+)
+globals().update({name: getattr(cases, name) for name in TAKEN})
+
+
+@given(
+    b=st.integers(1, 2),
+    t=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    v=st.tuples(st.integers(1, 200), st.integers(1, 150)),
+    k=st.integers(0, 4),
+    c=st.integers(1, 6),
+    topk=st.integers(1, 160),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 2),
+    layouts=st.tuples(*[st.sampled_from(sorted(cases.LAYOUTS))] * 2),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    divergence=st.sampled_from(cases.DIVERGENCES),
+    tail=st.booleans(),
+    labelled=st.booleans(),
+    machine=st.sampled_from([(1, 1 << 16, False), (3, 1 << 16, True), (2, 1200, False), (2, 200, True)]),
+    into=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@BUDGET
+def test_on_any_shape(
+    device, b, t, v, k, c, topk, dtypes, layouts, temperature, divergence, tail, labelled, machine, into, seed
+):
+    """Also where the chip has no room for the tokens' means (1200 bytes), nor for a and Q (200 bytes)."""
+    device(*machine)
+    options = {"temperature": temperature, "divergence": divergence, "tail": tail}
+    p = problem(b, *t, *v, k, c, topk, seed, labelled=labelled, **options)
+    student = cases.LAYOUTS[layouts[0]](p.student.to(dtypes[0]))
+    p = p._replace(student=student, teacher=cases.LAYOUTS[layouts[1]](p.teacher.to(dtypes[1])))
+    check(p, **({"grad_buffer": torch.full(student.shape, torch.nan, dtype=student.dtype)} if into else {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_the_order_of_threads_nor_the_memory_used_changes_a_bit(dtype, device):
+    """Sums are gathered in one order whatever runs first; where they are kept does not matter."""
+    p = problem(2, 12, 12, 333, 90, 4, 5, 60, labelled=True, temperature=1.5, tail=True).to(dtype)
+    found = []
+    for machine in ((1, 1 << 16, False), (5, 1 << 16, True), (2, 1200, False), (2, 200, True)):
+        device(*machine)
+        loss, stats, grad = run(p)
+        found.append((loss, stats.chunk_kl, stats.nll, grad))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_repeated_columns(device):
+    """Each repeat is an outcome of its own; they share their entries."""
+    for columns in ([3, 3, 3, 8, 1, 8], [0] * 70 + [5]):
+        for tail in (False, True):
+            check(problem(columns=torch.tensor(columns), tail=tail, labelled=True))
+
+
+def test_a_column_with_many_entries(device):
+    """One that a warp has to share, beside some that it need not."""
+    p = problem(v_s=700, v_t=50, topk=40)
+    ids = p.projection.indices.clone()
+    ids[:400, 0], ids[100:164, 1] = 7, 9
+    p = p._replace(projection=SparseProjection(ids, p.projection.weights, 50))
+    assert p.projection.columns.start.diff().max() >= 400
+    check(p)
+
+
+def test_duplicate_entries_of_a_row_add_up(device):
+    p = problem(k=3, topk=29)
+    ids = p.projection.indices.clone()
+    ids[:, 1] = ids[:, 2] = ids[:, 0]
+    check(p._replace(projection=SparseProjection(ids, p.projection.weights, 29)))
+
+
+def test_the_self_checks_of_the_ops_hold(device):
+    for name in OPS:
+        found, wanted = backends.OPS[name].example("cpu"), backends.OPS[name].example("cpu")
+        got = getattr(torch.ops.chassis, name)(*found)
+        with backends.use_backend("reference"):
+            right = getattr(torch.ops.chassis, name)(*wanted)
+        as_tuple = [t if isinstance(t, tuple) else (t,) for t in (got, right)]
+        torch.testing.assert_close(*as_tuple, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_not_chosen_before_it_was_verified():
+    assert all(backends.OPS[name].implementations["cuda"].verified == "" for name in OPS)
+    assert backends.select("projection_kl", "cuda", {torch.float32}) != "cuda"
+
+
+def test_a_missing_extension_is_named(monkeypatch):
+    monkeypatch.setattr(backends, "_CUDA", None)
+    monkeypatch.setattr(backends, "_CUDA_ERROR", "No module named 'chassis_kernels._CUDA'")
+    assert "CHASSIS_BUILD_CUDA=1" in backends.why_not("projection_kl", "cuda", "cuda")
