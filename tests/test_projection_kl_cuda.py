@@ -20,6 +20,7 @@ from test_projection_kl import check, problem, run
 
 from chassis_kernels import backends, cuda
 from chassis_kernels.cuda import projection_kl as kernels
+from chassis_kernels.projection_kl import cross_entropy
 from chassis_kernels.sparse import SparseProjection
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +162,21 @@ def test_duplicate_entries_of_a_row_add_up(device):
     ids = p.projection.indices.clone()
     ids[:, 1] = ids[:, 2] = ids[:, 0]
     check(p._replace(projection=SparseProjection(ids, p.projection.weights, 29)))
+
+
+def test_cross_entropy_alone(device):
+    """No chunks, no columns and no projection."""
+    logits = 3 * torch.randn(2, 5, 45, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, -1, 39, 7, 7], [-1, 1, 2, 3, 4]])
+    logits.requires_grad_()
+    nll, correct = cross_entropy(logits, labels, 40)
+    right = torch.nn.functional.cross_entropy(
+        logits[..., :40].flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none"
+    )
+    torch.testing.assert_close(nll.flatten(), right, rtol=1e-6, atol=1e-6)
+    assert torch.equal(correct, logits[..., :40].argmax(2) == labels)
+    grad, wanted = (torch.autograd.grad(t.exp().sum(), logits)[0] for t in (nll, right))
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_self_checks_of_the_ops_hold(device):
