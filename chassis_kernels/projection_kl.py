@@ -13,6 +13,7 @@ from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks, check_chunks, layout
 from chassis_kernels.parallel import projection_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
+from chassis_kernels.parallel.next_token import next_token_nll
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.reference.projection_kl import DIVERGENCES, ProjectionKLStats
@@ -102,10 +103,15 @@ def projection_kl(
     return reference.loss(student_logits, teacher_logits, projection, chunks, **options, **ops)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, size: int, *, parallel: Parallel = ONE_RANK
+) -> tuple[Tensor, Tensor]:
     """-log softmax(logits[..., :size]) of labels [B, T] (-1: none), in nats, [B, T] and 0 where there is none; and where no
     logit is above the label's, [B, T] bool. logits [B, T, >= size], read once; differentiable in them."""
     _check_labels(logits, size, labels, None)
+    if parallel.sharded:
+        logits, spread = parallel.cut(logits, size)
+        return next_token_nll(logits, labels, spread)
     return reference.cross_entropy(logits, labels, size, torch.ops.chassis.projection_kl)
 
 

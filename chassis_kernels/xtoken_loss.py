@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chassis_kernels.chunks import next_token
 from chassis_kernels.gold_kl import gold_kl
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.projection_kl import cross_entropy, projection_kl
 from chassis_kernels.reference import xtoken_loss as reference
 from chassis_kernels.reference.xtoken_loss import TeacherBatch
@@ -22,11 +23,13 @@ def xtoken_loss(
     teachers: Sequence[TeacherBatch],
     config: XTokenConfig,
     *,
-    input_ids: Tensor,  # [B, T_s] int64
+    input_ids: Tensor | None = None,  # [B, T_s] int64
     token_mask: Tensor,  # [B, T_s], 0 at padding
     sample_mask: Tensor | None = None,  # [B], 0: the sample does not count
+    labels: Tensor | None = None,  # [B, T_s] int64, the token after each position, -1: does not count
     global_valid_tokens: Tensor | float | None = None,
     group: dist.ProcessGroup | None = None,
+    parallel: Parallel = ONE_RANK,
     eager: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss [] in nats, and detached metrics: loss, kl_loss, ce_loss, kl_loss_scale, accuracy, num_valid_samples, and per
@@ -34,19 +37,26 @@ def xtoken_loss(
     `l1_uncommon_t{i}`, `num_valid_chunks_t{i}`) or `selected_teacher`.
 
     global_valid_tokens counts the next-token positions of the whole optimizer step (None: those of this call), as
-    TeacherBatch.global_valid_chunks counts chunks. With `group`, chunk counts and teachers' scores are summed over ranks.
+    TeacherBatch.global_valid_chunks counts chunks. With `group`, chunk counts and teachers' scores are summed over ranks
+    that hold other batches. `parallel`: the ranks over which this batch's vocabulary and sequence are spread, each holding
+    its part of all [B, T] inputs; the loss is then the same on all of them, where those of `group` add up to the batch's.
+    labels None: what input_ids and token_mask say of the next position. A rank that holds part of a sequence cannot know
+    it: there labels, also those of a teacher that is scored by CE, and shifted chunks are needed.
     `eager` runs PyTorch expressions under autograd instead of the fused kernels: float64-capable, second derivatives.
 
     Differentiable in student_logits. Raises ValueError for inputs that do not fit the configuration.
     """
-    _check(student_logits, teachers, config, input_ids, token_mask, sample_mask)
+    _check(student_logits, teachers, config, input_ids, token_mask, sample_mask, labels, parallel)
+    if eager and parallel.sharded:
+        raise ValueError("eager=True is for logits that are whole: leave it out with parallel")
     if sample_mask is None:
         sample_mask = token_mask.new_ones(len(token_mask))
     if global_valid_tokens is None:
-        global_valid_tokens = (next_token(token_mask) != 0)[sample_mask != 0].sum()
+        counted = next_token(token_mask) != 0 if labels is None else labels >= 0
+        global_valid_tokens = parallel.sequence_sum(counted[sample_mask != 0].sum())
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     n_tokens = torch.as_tensor(global_valid_tokens, dtype=dtype, device=student_logits.device)
-    student = reference.StudentBatch(student_logits, input_ids, token_mask, sample_mask, n_tokens)
+    student = reference.StudentBatch(student_logits, input_ids, token_mask, sample_mask, n_tokens, labels)
 
     def group_sum(total: Tensor) -> Tensor:
         if group is not None:
@@ -54,14 +64,17 @@ def xtoken_loss(
         return total
 
     kernels = reference.EAGER if eager else reference.Kernels(projection_kl, gold_kl, token_kl, cross_entropy)
-    return reference.compose(student_logits, config, student, teachers, kernels, group_sum)
+    return reference.compose(student_logits, config, student, teachers, kernels, group_sum, parallel)
 
 
-def _check(logits, teachers, config, input_ids, token_mask, sample_mask) -> None:
-    if logits.dim() != 3 or logits.shape[2] < config.student_vocab_size:
+def _check(logits, teachers, config, input_ids, token_mask, sample_mask, labels, parallel) -> None:
+    if logits.dim() != 3 or parallel.head(logits) < config.student_vocab_size:
         raise ValueError(f"student_logits has shape {tuple(logits.shape)}, expected [B, T, >= {config.student_vocab_size}]")
-    for name, tensor in (("input_ids", input_ids), ("token_mask", token_mask)):
-        if tensor.shape != logits.shape[:2]:
+    split = parallel.sequence_shards > 1
+    if labels is None and (split or input_ids is None):
+        raise ValueError(f"labels are missing: {'a sharded sequence needs them' if split else 'give them or input_ids'}")
+    for name, tensor in (("input_ids", input_ids), ("token_mask", token_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != logits.shape[:2]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(logits.shape[:2])}")
     if sample_mask is not None and sample_mask.shape != logits.shape[:1]:
         raise ValueError(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({logits.shape[0]},)")
@@ -71,6 +84,9 @@ def _check(logits, teachers, config, input_ids, token_mask, sample_mask) -> None
         if teacher.logits.dim() != 3 or teacher.logits.shape[2] < its.vocab_size:
             shape = tuple(teacher.logits.shape)
             raise ValueError(f"teacher {i}: logits have shape {shape}, expected [B, T, >= {its.vocab_size}]")
+        scored = config.kd_loss_mode == "select_teacher" or config.sum_weights_metric == "ce"
+        if scored and split and teacher.input_ids is not None and teacher.labels is None:
+            raise ValueError(f"teacher {i} is scored on its own tokens, of which this rank has a part: it needs labels")
         if its.same_tokenizer:
             if teacher.logits.shape[:2] != logits.shape[:2]:
                 raise ValueError(
@@ -85,6 +101,5 @@ def _check(logits, teachers, config, input_ids, token_mask, sample_mask) -> None
                 f"teacher {i}: the projection is {teacher.projection.shape}, the tokenizers are "
                 f"{(config.student_vocab_size, its.vocab_size)}"
             )
-        scored = config.kd_loss_mode == "select_teacher" or config.sum_weights_metric == "ce"
-        if scored and (teacher.input_ids is None or teacher.token_mask is None):
-            raise ValueError(f"teacher {i} is scored on its own tokens: it needs input_ids and token_mask")
+        if scored and teacher.labels is None and (teacher.input_ids is None or teacher.token_mask is None):
+            raise ValueError(f"teacher {i} is scored on its own tokens: it needs labels, or input_ids and token_mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import traceback
 import unittest.mock
@@ -11,8 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import test_xtoken_loss as golden
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from chassis_kernels.backends import use_backend
 from chassis_kernels.chunks import Chunks, next_token
@@ -22,7 +25,9 @@ from chassis_kernels.parallel.next_token import next_token_nll
 from chassis_kernels.projection_kl import projection_kl
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.token_kl import token_kl
+from chassis_kernels.xtoken_loss import xtoken_loss
 
+TENSORS = load_file(golden.DATA / "xtoken_loss.safetensors")
 SHAPES = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2))  # vocabulary and sequence ranks
 STUDENT, TEACHER = 37, 29  # tokens
 HEADS = 41, 31  # columns
@@ -183,11 +188,11 @@ def positions(split: str, n: int, rank: int, ranks: int) -> list[int]:
     return outer if rank == 0 else [i for i in range(n) if i not in outer]
 
 
-def slab(rank: int, ranks: int, even: bool) -> slice:
+def slab(rank: int, ranks: int, even: bool, width: int = HEADS[0], cuts: tuple[int, ...] = ()) -> slice:
     if ranks == 1 or even:
-        size = -(-HEADS[0] // ranks)
-        return slice(rank * size, min((rank + 1) * size, HEADS[0]))
-    cuts = (0, *CUTS[ranks])
+        size = -(-width // ranks)
+        return slice(rank * size, min((rank + 1) * size, width))
+    cuts = (0, *(cuts or CUTS[ranks]))
     return slice(cuts[rank], cuts[rank + 1])
 
 
@@ -235,6 +240,84 @@ def check_rounding(case: Case, vocab, sequence) -> None:
     assert (grad.double() - right).norm() <= 2 * (eager - right).norm() + 4e-7 * right.norm()
 
 
+# xtoken_loss: number of a golden case, and what it stands for.
+STEPS = {
+    3: "p_kl, dynamic scaling",
+    5: "p_kl reverse, exact, dynamic scaling",
+    11: "h-kl",
+    18: "same tokenizer reverse",
+    17: "averaged logits",
+    46: "averaged logits of different tokenizers",
+    22: "gold and same tokenizer",
+    23: "weights by ce, normalised by vocabulary",
+    48: "weights by entropy",
+    24: "weights by max_prob",
+    71: "selected teacher",
+}
+
+
+def step(number: int, compat: bool):
+    """Logits, teachers, configuration and other arguments of a golden case in float64; by default with a padded head."""
+    logits, teachers, config, rest = golden.problem(golden.CASES[number], TENSORS, compat=compat)
+    if not compat:
+        logits = torch.cat([logits, torch.full_like(logits[..., :3], 30.0)], 2)
+    return logits.double(), [t._replace(logits=t.logits.double()) for t in teachers], config, rest
+
+
+def check_step(number: int, compat: bool, vocab, sequence) -> None:
+    """Raises where xtoken_loss of this rank's share of a batch is not that of the batch."""
+    logits, teachers, config, rest = step(number, compat)
+    whole = logits.clone().requires_grad_()
+    right, right_metrics = xtoken_loss(whole, teachers, config, **rest)
+    right.backward()
+
+    width = logits.shape[2]
+    columns = slab(vocab.rank(), vocab.size(), False, width, (5, 38, width) if vocab.size() == 3 else (17, width))
+    mine = positions("zigzag", logits.shape[1], sequence.rank(), sequence.size())
+    labels = torch.where(next_token(rest["token_mask"]) != 0, next_token(rest["input_ids"]), -1)[:, mine]
+    shares = []
+    for teacher in teachers:
+        own = positions("zigzag", teacher.logits.shape[1], sequence.rank(), sequence.size())
+        share = teacher._replace(logits=teacher.logits[:, own])
+        if teacher.chunks is not None:
+            chunks = teacher.chunks.shift()
+            share = share._replace(chunks=chunks._replace(student=chunks.student[:, mine], teacher=chunks.teacher[:, own]))
+        if teacher.input_ids is not None:
+            counted = next_token(teacher.token_mask) != 0
+            its_labels = torch.where(counted, next_token(teacher.input_ids), -1)[:, own]
+            share = share._replace(input_ids=None, token_mask=teacher.token_mask[:, own], labels=its_labels)
+        shares.append(share)
+    logits = logits[:, mine, columns].clone().requires_grad_()
+    loss, metrics = xtoken_loss(
+        logits,
+        shares,
+        config,
+        token_mask=rest["token_mask"][:, mine],
+        sample_mask=rest["sample_mask"],
+        labels=labels,
+        global_valid_tokens=rest["global_valid_tokens"],
+        parallel=Parallel(vocab, sequence, width, columns.start),
+    )
+    loss.backward()
+    tolerance = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(loss, right, **tolerance)
+    assert set(metrics) == set(right_metrics)
+    for name, value in right_metrics.items():
+        torch.testing.assert_close(metrics[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(logits.grad, whole.grad[:, mine, columns], **tolerance)
+
+
+def checks() -> dict[str, Callable]:
+    """All there is to do for a vocabulary group and a sequence group."""
+    found = {}
+    for case in cases():
+        found[case.name] = functools.partial(check if case.dtype == torch.float64 else check_rounding, case)
+    for number, name in STEPS.items():
+        for compat in (False, True):
+            found[f"xtoken_loss: {name}{', compat' if compat else ''}"] = functools.partial(check_step, number, compat)
+    return found
+
+
 def no_collectives():
     return unittest.mock.patch.multiple(dist, all_reduce=None, all_gather=None)
 
@@ -252,13 +335,12 @@ def main(rank: int, folder: str) -> None:
         if rank >= table.numel():
             continue
         place, slab_of = divmod(rank, n_vocab)
-        for case in cases():
-            run = check if case.dtype == torch.float64 else check_rounding
-            with no_collectives() if table.numel() == 1 else contextlib.nullcontext():
+        with no_collectives() if table.numel() == 1 else contextlib.nullcontext():
+            for name, run in checks().items():
                 try:
-                    run(case, vocab[place], sequence[slab_of])
+                    run(vocab[place], sequence[slab_of])
                 except Exception:
-                    failures[f"{n_vocab}x{n_sequence} {case.name}"] = traceback.format_exc()
+                    failures[f"{n_vocab}x{n_sequence} {name}"] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
     dist.barrier()
     dist.destroy_process_group()

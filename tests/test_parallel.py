@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
-from parallel_ranks import SHAPES, cases, main
+from parallel_ranks import SHAPES, checks, main, problem
+
+from chassis_kernels import Parallel, TeacherBatch, TeacherConfig, XTokenConfig, projection_kl, xtoken_loss
 
 LIMIT = 150  # seconds; a deadlock ends here
 
@@ -27,7 +29,52 @@ def failures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_sharded_equals_whole(case, shape, failures):
-    name = f"{shape[0]}x{shape[1]} {case.name}"
+@pytest.mark.parametrize("name", checks())
+def test_sharded_equals_whole(name, shape, failures):
+    name = f"{shape[0]}x{shape[1]} {name}"
     assert name not in failures, failures[name]
+
+
+class Group:
+    """A process group as far as checks look at it."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_slabs_are_cut_like_torch_chunk():
+    for width, ranks in ((41, 3), (40, 2), (7, 3), (5, 4)):
+        parts = torch.arange(width).chunk(ranks)
+        for rank in range(ranks):
+            part = parts[rank] if rank < len(parts) else torch.empty(0)
+            found = Parallel(Group(rank, ranks), vocab_size=width).slab(part[None])
+            assert list(found) == part.tolist()
+
+
+def test_slabs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs vocab_size"):
+        Parallel(Group(0, 2))
+    with pytest.raises(ValueError, match="rank 1 of 3 holds 13 of 41 columns, expected 14"):
+        Parallel(Group(1, 3), vocab_size=41).slab(torch.empty(2, 13))
+    with pytest.raises(ValueError, match="columns 30 to 42 are not within a head of 41"):
+        Parallel(Group(1, 3), vocab_size=41, vocab_start=30).slab(torch.empty(2, 13))
+
+
+def test_what_a_part_of_a_sequence_cannot_know_is_asked_for():
+    p, parallel = problem(), Parallel(sequence=Group(0, 2))
+    with pytest.raises(ValueError, match="must be shifted"):
+        projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel)
+    config = XTokenConfig(41, (TeacherConfig(41, same_tokenizer=True),))
+    with pytest.raises(ValueError, match="labels are missing: a sharded sequence needs them"):
+        xtoken_loss(p.student, [TeacherBatch(p.same)], config, token_mask=p.mask, input_ids=p.labels, parallel=parallel)
+
+
+def test_whole_logits_only():
+    p, parallel = problem(), Parallel(sequence=Group(0, 2))
+    with pytest.raises(ValueError, match="grad_buffer is for logits that are whole"):
+        buffer = torch.empty_like(p.student)
+        projection_kl(p.student, p.teacher, p.projection, p.chunks.shift(), grad_buffer=buffer, parallel=parallel)
+    config = XTokenConfig(41, (TeacherConfig(41, same_tokenizer=True),))
+    with pytest.raises(ValueError, match="eager=True is for logits that are whole"):
+        options = {"token_mask": p.mask, "labels": p.labels, "eager": True, "parallel": parallel}
+        xtoken_loss(p.student, [TeacherBatch(p.same)], config, **options)

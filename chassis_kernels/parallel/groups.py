@@ -50,6 +50,11 @@ class Parallel:
         """Whether anything has to be communicated."""
         return self.vocab_shards > 1 or self.sequence_shards > 1
 
+    @property
+    def options(self) -> dict[str, Parallel]:
+        """The keyword argument of the kernels; nothing where there is nothing to communicate."""
+        return {"parallel": self} if self.sharded else {}
+
     def head(self, logits: Tensor) -> int:
         """How many columns the head has that these logits [.., W] of this rank are a slab of."""
         return logits.shape[-1] if self.vocab_shards == 1 else self.vocab_size
@@ -76,11 +81,12 @@ class Parallel:
     def cut(self, logits: Tensor, size: int) -> tuple[Tensor, Parallel]:
         """The logits without the head's columns beyond `size`, and how those that are left are spread."""
         slab = self.slab(logits)
-        left = logits[..., : max(0, min(len(slab), size - slab.start))]
+        width = max(0, min(len(slab), size - slab.start))
+        left = logits if width == len(slab) else logits[..., :width]
         if self.vocab_shards == 1:
             return left, self
-        start, size = min(slab.start, size), min(self.vocab_size, size)
-        return left, dataclasses.replace(self, vocab_size=size, vocab_start=start)
+        size = min(self.vocab_size, size)
+        return left, dataclasses.replace(self, vocab_size=size, vocab_start=min(slab.start, size))
 
     def vocab_sum(self, part: Tensor) -> Tensor:
         """The parts of the vocabulary ranks added up."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.chunks import Chunks, layout, next_token
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl, projection_kl, token_kl
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import SparseProjection
@@ -44,16 +45,18 @@ class TeacherBatch(NamedTuple):
     input_ids: Tensor | None = None  # [B, T_t]; None: the student's
     token_mask: Tensor | None = None  # [B, T_t]; None: the student's
     global_valid_chunks: Tensor | float | None = None  # chunks that count in the whole optimizer step
+    labels: Tensor | None = None  # [B, T_t] the token after each position, -1: does not count; None: from the two above
 
 
 class StudentBatch(NamedTuple):
     """The student's side, with the masks and the step-wide number of tokens."""
 
     logits: Tensor  # [B, T_s, >= V_s]
-    input_ids: Tensor  # [B, T_s]
+    input_ids: Tensor | None  # [B, T_s]
     token_mask: Tensor  # [B, T_s]
     sample_mask: Tensor  # [B]
     global_valid_tokens: Tensor  # next-token positions that count in the whole optimizer step
+    labels: Tensor | None = None  # [B, T_s] the token after each position, -1: does not count; None: from the two above
 
 
 class Step(NamedTuple):
@@ -62,20 +65,33 @@ class Step(NamedTuple):
     teachers: Sequence[TeacherBatch]
     group_sum: Callable[[Tensor], Tensor]
     kernels: Kernels
+    parallel: Parallel
 
     def mask(self) -> Tensor:
         """Next-token weights of the student, [B, T_s]."""
-        student = self.student
-        return token_kl.next_token_mask(student.token_mask, student.sample_mask, compute_dtype(student.logits))
+        student, dtype = self.student, compute_dtype(self.student.logits)
+        if student.labels is not None:
+            return (student.labels >= 0).to(dtype) * student.sample_mask.to(dtype)[:, None]
+        return token_kl.next_token_mask(student.token_mask, student.sample_mask, dtype)
 
     def labels(self) -> Tensor:
         """The token that each position predicts, -1 where it does not count, [B, T_s]."""
-        return torch.where(self.mask() != 0, next_token(self.student.input_ids), -1)
+        labels = self.student.labels
+        return torch.where(self.mask() != 0, next_token(self.student.input_ids) if labels is None else labels, -1)
 
-    def logits(self) -> Tensor:
-        """The student's, over its tokens: [B, T_s, V_s]."""
-        logits, size = self.student.logits, self.config.student_vocab_size
-        return logits if logits.shape[-1] == size else logits[..., :size]
+    def teacher_labels(self, i: int) -> Tensor:
+        """The same of teacher i, [B, T_t]."""
+        student, teacher = self.student, self.teachers[i]
+        labels = student.labels if teacher.input_ids is None and teacher.labels is None else teacher.labels
+        if labels is not None:
+            return torch.where((student.sample_mask != 0)[:, None], labels, -1)
+        ids = student.input_ids if teacher.input_ids is None else teacher.input_ids
+        return torch.where(next_token(self.real(i)), next_token(ids), -1)
+
+    def logits(self) -> tuple[Tensor, dict]:
+        """The student's, over its tokens: [B, T_s, V_s]; and how they are spread, for a kernel."""
+        logits, parallel = self.parallel.cut(self.student.logits, self.config.student_vocab_size)
+        return logits, parallel.options
 
     def real(self, i: int) -> Tensor:
         """Positions of teacher i that are neither padding nor of a masked sample, [B, T_t] bool."""
@@ -94,13 +110,16 @@ def compose(
     teachers: Sequence[TeacherBatch],
     kernels: Kernels,
     group_sum: Callable[[Tensor], Tensor] = lambda total: total,
+    parallel: Parallel = ONE_RANK,
 ) -> tuple[Tensor, Metrics]:
-    """Loss [] and detached metrics. `group_sum` adds a tensor over all ranks; every rank must make every call."""
-    step = Step(config, student, teachers, group_sum, kernels)
+    """Loss [] and detached metrics. `group_sum` adds a tensor over the ranks of other batches, `parallel` has those of this
+    one; every rank must make every call."""
+    step = Step(config, student, teachers, group_sum, kernels, parallel)
     kd, metrics, predicted = _mode(step)
     if predicted is None:
-        predicted = kernels.cross_entropy(logits, step.labels(), config.student_vocab_size)
-    ce, accuracy = (token_kl.per_token(rows, step.mask(), student.global_valid_tokens) for rows in predicted)
+        predicted = kernels.cross_entropy(logits, step.labels(), config.student_vocab_size, **parallel.options)
+    n_tokens = student.global_valid_tokens
+    ce, accuracy = (parallel.sequence_sum(token_kl.per_token(rows, step.mask(), n_tokens)) for rows in predicted)
     loss, factor = combine(config, kd, ce)
     samples = torch.ones_like(student.sample_mask) if config.compat else student.sample_mask != 0
     overall = {
@@ -134,9 +153,9 @@ def _mode(step: Step) -> tuple[Tensor, Metrics, Predicted | None]:
         kd, metrics, predicted = _teacher(step, best, step.labels())
         return kd, metrics | {"selected_teacher": torch.as_tensor(best)}, predicted
     if config.kd_loss_mode == "averaged_logits" and _same_shapes(step):
-        student, weights = step.logits(), [t.weight for t in config.teachers]
-        mean = token_kl.averaged_logits([t.logits[..., : student.shape[-1]] for t in teachers], weights)
-        return step.kernels.token_kl(student, mean, step.mask(), **_token_options(step)), {}, None
+        (student, spread), weights = step.logits(), [t.weight for t in config.teachers]
+        mean = token_kl.averaged_logits([t.logits[..., : config.student_vocab_size] for t in teachers], weights)
+        return step.kernels.token_kl(student, mean, step.mask(), **_token_options(step), **spread), {}, None
     weights = step.student.logits.new_tensor([t.weight for t in config.teachers], dtype=torch.float64)
     if config.sum_weights_metric:
         weights = torch.softmax(config.alpha * _scores(step, config.sum_weights_metric), 0)
@@ -153,9 +172,10 @@ def _mode(step: Step) -> tuple[Tensor, Metrics, Predicted | None]:
 def _teacher(step: Step, i: int, labels: Tensor | None) -> tuple[Tensor, Metrics, Predicted | None]:
     """KD of teacher i with its metrics, suffixed; P-KL also looks at the labels."""
     config, teacher, student, predicted = step.config, step.teachers[i], step.student, None
+    own, spread = step.logits()
     if config.teachers[i].same_tokenizer:
         options = _token_options(step) | {"vocab_topk": config.vocab_topk, "column_mask": step.column_mask(i)}
-        kd, metrics = step.kernels.token_kl(step.logits(), teacher.logits, step.mask(), **options), {}
+        kd, metrics = step.kernels.token_kl(own, teacher.logits, step.mask(), **options, **spread), {}
     else:
         common = {
             "temperature": config.temperature,
@@ -165,11 +185,12 @@ def _teacher(step: Step, i: int, labels: Tensor | None) -> tuple[Tensor, Metrics
         arguments = teacher.logits, teacher.projection, teacher.chunks
         if config.uses_gold(i):
             common |= {"uncommon_topk": config.uncommon_topk, "relaxed": config.uses_relaxed(i)}
-            kd, metrics = step.kernels.gold_kl(step.logits(), *arguments, **common, reverse=config.reverse_kl)
+            kd, metrics = step.kernels.gold_kl(own, *arguments, **common, reverse=config.reverse_kl, **spread)
         else:
             common |= {"vocab_topk": config.vocab_topk, "exact_only": config.exact_token_match_only}
             common |= {"divergence": "reverse" if config.reverse_kl else "forward", "column_mask": step.column_mask(i)}
-            kd, stats = step.kernels.projection_kl(student.logits, *arguments, **common, labels=labels)
+            common |= {"labels": labels, **step.parallel.options}
+            kd, stats = step.kernels.projection_kl(student.logits, *arguments, **common)
             metrics = {"proj_accuracy": stats.accuracy, "num_valid_pairs": stats.valid_pairs}
             predicted = None if labels is None else (stats.nll, stats.correct)
     metrics = {f"{name}_t{i}": value for name, value in ({"kl_loss": kd.detach()} | metrics).items()}
@@ -182,7 +203,7 @@ def _denominator(step: Step, i: int) -> Tensor | float:
     if teacher.global_valid_chunks is not None and not config.compat:
         return teacher.global_valid_chunks
     exact = config.exact_token_match_only and not config.uses_gold(i)
-    plan = layout(teacher.chunks, step.student.sample_mask, exact, torch.float64)
+    plan = layout(teacher.chunks, step.student.sample_mask, exact, torch.float64, step.parallel)
     return step.group_sum(plan.counted.sum().to(torch.float64))
 
 
@@ -199,12 +220,12 @@ def _scores(step: Step, metric: str) -> Tensor:
         logits, real = teacher.logits.detach(), step.real(i)
         size = logits.shape[-1] if step.config.compat else step.config.teachers[i].vocab_size
         if metric == "ce":
-            ids, real = step.student.input_ids if teacher.input_ids is None else teacher.input_ids, next_token(real)
-            score = -step.kernels.cross_entropy(logits, torch.where(real, next_token(ids), -1), size)[0]
+            labels = step.teacher_labels(i)
+            score, real = -step.kernels.cross_entropy(logits, labels, size)[0], labels >= 0
         else:
             score = token_kl.confidence(metric, logits, real, size)
         sums.append(torch.stack([score.sum(), real.sum()]).double())
-    total = step.group_sum(torch.stack(sums))
+    total = step.group_sum(step.parallel.sequence_sum(torch.stack(sums)))
     scale = total.new_tensor([step.config.vocabulary_scale(i) for i in range(len(sums))])
     return total[:, 0] / total[:, 1].clamp_min(1) * scale
 
