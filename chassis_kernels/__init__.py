@@ -7,12 +7,14 @@ from chassis_kernels.chunks import Chunks
 from chassis_kernels.delta_logits import delta_logits, delta_logits_
 from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
+from chassis_kernels.linear_projection_kl import LinearProjectionKLStats, linear_projection_kl
 from chassis_kernels.moments import Moments, moments_update_
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.projection_kl import ProjectionKLStats, projection_kl
 from chassis_kernels.ridge import RidgeSolution, fit_ridge
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.streaming_ridge import StreamingRidge
+from chassis_kernels.teacher import Teacher, TeacherHead, TopK
 from chassis_kernels.token_kl import token_kl
 from chassis_kernels.xtoken_config import TeacherConfig, XTokenConfig
 from chassis_kernels.xtoken_loss import TeacherBatch, xtoken_loss
@@ -25,14 +27,18 @@ __all__ = [
     "Chunks",
     "Delta",
     "LinearKLStats",
+    "LinearProjectionKLStats",
     "Moments",
     "Parallel",
     "ProjectionKLStats",
     "RidgeSolution",
     "SparseProjection",
     "StreamingRidge",
+    "Teacher",
     "TeacherBatch",
     "TeacherConfig",
+    "TeacherHead",
+    "TopK",
     "XTokenConfig",
     "bridge_project",
     "capabilities",
@@ -41,6 +47,7 @@ __all__ = [
     "fit_ridge",
     "gold_kl",
     "linear_kl",
+    "linear_projection_kl",
     "mean_probabilities",
     "moments_update_",
     "projection_kl",

@@ -245,28 +245,36 @@ def _outputs(student, teacher, *arguments) -> tuple[Tensor, ...]:
 
 def _call(inputs, result, grad=None, upstream=(None, None), known=False) -> None:
     """The extension's projection_kl, on arguments made contiguous; `result` as `_outputs` has it."""
-    student, teacher = (backends.rows_contiguous(t) for t in inputs[:2])
-    tensors = [None if t is None else t.contiguous() for t in inputs[2:9]]
+    student = backends.rows_contiguous(inputs[0])
     upstream = [None if t is None else t.float().contiguous() for t in upstream]
-    start, rows, weights, columns, student_chunk, teacher_chunk, labels = map(_address, tensors)
-    width, chunks, temperature, divergence, tail = inputs[9:]
+    kept, arguments = cpu_arguments(*inputs[1:])
     backends._C.projection_kl(
         backends.matrix_args(student),
-        backends.matrix_args(teacher),
-        (start, rows, weights, len(tensors[0]) - 1),
-        (columns, len(tensors[3])),
-        (student_chunk, teacher_chunk, chunks),
-        labels,
-        width,
-        (temperature, divergence, tail),
-        tuple(map(_address, result)),
+        arguments,
+        tuple(map(address, result)),
         known,
         backends.matrix_args(grad),
-        tuple(map(_address, upstream)),
+        tuple(map(address, upstream)),
     )
 
 
-def _address(tensor: Tensor | None) -> int:
+def cpu_arguments(teacher, *arguments) -> tuple[list[Tensor | None], tuple]:
+    """All but the student as the extension takes it, and the tensors behind the addresses: to be kept until it returns."""
+    teacher, kept = backends.rows_contiguous(teacher), [None if t is None else t.contiguous() for t in arguments[:7]]
+    start, rows, weights, columns, student_chunk, teacher_chunk, labels = map(address, kept)
+    width, chunks, *options = arguments[7:]
+    return [teacher, *kept], (
+        backends.matrix_args(teacher),
+        (start, rows, weights, len(kept[0]) - 1),
+        (columns, len(kept[3])),
+        (student_chunk, teacher_chunk, chunks),
+        labels,
+        width,
+        tuple(options),
+    )
+
+
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -32,6 +32,20 @@ chassis::LinearKL linear_kl_args(const py::tuple& t) {
           matrix(t[8]), t[9].cast<float>(), t[10].cast<float>(), t[11].cast<float>(), t[12].cast<float>()};
 }
 
+template <class T>
+T* at(const py::tuple& pointers, int i) { return pointer<T>(pointers[i].cast<uintptr_t>()); }
+
+// teacher, (start, rows, weights, teacher tokens), (columns, how many), (student_chunk, teacher_chunk, how many), labels,
+// width, (temperature, divergence, tail); the student comes apart
+chassis::ProjectionKL projection_kl_args(const py::tuple& t) {
+  auto projection = t[1].cast<py::tuple>(), columns = t[2].cast<py::tuple>(), chunks = t[3].cast<py::tuple>(),
+       options = t[6].cast<py::tuple>();
+  return {{}, matrix(t[0]), at<int64_t>(projection, 0), at<int32_t>(projection, 1), at<float>(projection, 2),
+          projection[3].cast<int64_t>(), at<int64_t>(columns, 0), columns[1].cast<int64_t>(), at<int64_t>(chunks, 0),
+          at<int64_t>(chunks, 1), at<int64_t>(t, 4), t[5].cast<int64_t>(), chunks[2].cast<int64_t>(), options[0].cast<float>(),
+          options[1].cast<int64_t>(), options[2].cast<bool>()};
+}
+
 enum class Isa { portable, avx2, avx512 };
 
 Isa detect() {
@@ -126,21 +140,23 @@ PYBIND11_MODULE(_C, m) {
     DISPATCH(linear_kl_backward(args, pointer<float>(grad), pointer<double>(lse_a), pointer<double>(lse_b),
                                 {pointer<float>(u), pointer<float>(v), pointer<float>(c)}));
   });
-  m.def("projection_kl", [](const py::object& student, const py::object& teacher, const py::tuple& projection,
-                            const py::tuple& columns, const py::tuple& chunks, uintptr_t labels, int64_t width,
-                            const py::tuple& options, const py::tuple& result, bool known, const py::object& grad,
-                            const py::tuple& upstream) {
-    auto at = [](const py::tuple& pointers, int i) { return pointers[i].cast<uintptr_t>(); };
-    chassis::ProjectionKL args{matrix(student), matrix(teacher), pointer<int64_t>(at(projection, 0)),
-                               pointer<int32_t>(at(projection, 1)), pointer<float>(at(projection, 2)),
-                               projection[3].cast<int64_t>(), pointer<int64_t>(at(columns, 0)), columns[1].cast<int64_t>(),
-                               pointer<int64_t>(at(chunks, 0)), pointer<int64_t>(at(chunks, 1)), pointer<int64_t>(labels),
-                               width, chunks[2].cast<int64_t>(), options[0].cast<float>(), options[1].cast<int64_t>(),
-                               options[2].cast<bool>()};
-    chassis::ProjectionKLResult out{pointer<float>(at(result, 0)), pointer<bool>(at(result, 1)), pointer<float>(at(result, 2)),
-                                    pointer<float>(at(result, 3)), pointer<float>(at(result, 4)), pointer<float>(at(result, 5)),
-                                    known, matrix(grad), pointer<float>(at(upstream, 0)), pointer<float>(at(upstream, 1))};
+  m.def("projection_kl", [](const py::object& student, const py::tuple& inputs, const py::tuple& result, bool known,
+                            const py::object& grad, const py::tuple& upstream) {
+    chassis::ProjectionKL args = projection_kl_args(inputs);
+    args.student = matrix(student);
+    chassis::ProjectionKLResult out{at<float>(result, 0), at<bool>(result, 1), at<float>(result, 2), at<float>(result, 3),
+                                    at<float>(result, 4), at<float>(result, 5), known, matrix(grad), at<float>(upstream, 0),
+                                    at<float>(upstream, 1)};
     DISPATCH(projection_kl(args, out));
+  });
+  m.def("linear_projection_kl", [](const py::tuple& head, const py::tuple& inputs, const py::tuple& result,
+                                   const py::tuple& upstream, const py::tuple& gradients, int64_t block) {
+    chassis::LinearProjectionKL args{matrix(head[0]), matrix(head[1]), matrix(head[2]), at<int64_t>(head, 3),
+                                     head[4].cast<float>(), projection_kl_args(inputs)};
+    chassis::LinearProjectionKLResult out{at<float>(result, 0), at<bool>(result, 1), at<float>(result, 2), at<bool>(result, 3),
+                                          at<float>(upstream, 0), at<float>(upstream, 1), matrix(gradients[0]),
+                                          matrix(gradients[1]), at<float>(gradients, 2), block};
+    DISPATCH(linear_projection_kl(args, out));
   });
   m.def("top_columns", [](const py::object& logits, uintptr_t keep, int64_t k, uintptr_t out) {
     Matrix from = matrix(logits);

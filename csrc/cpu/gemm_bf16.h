@@ -2,6 +2,8 @@
 // per lane, added to an fp32 sum, at twice the rate of fp32. Panels as in gemm.h, with a pair of depth steps where gemm.h has
 // one float; subnormal inputs count as zero.
 #pragma once
+#include <type_traits>
+
 #include "cpu/gemm.h"
 
 namespace chassis {
@@ -62,6 +64,27 @@ inline void pack_pairs(const bf16* data, int64_t stride, int64_t n, int64_t dept
     }
 }
 
+// The same where the width is contiguous: step k of column i is data[row(k) * stride + i], row(k) = index ? index[k] : k.
+template <int kWidth>
+inline void pack_pairs_across(const bf16* data, int64_t stride, const int64_t* index, int64_t n, int64_t depth, float* out) {
+  int64_t pairs = (depth + 1) / 2;
+  for (int64_t i = 0; i < n; i += kWidth, out += kWidth * pairs)
+    for (int64_t k = 0; k < pairs; ++k)
+      for (int part = 0; part < kWidth; part += kLanes) {
+        auto line = [&](int64_t step) {
+          vi bits = {};
+          if (step == depth) return bits;
+          vf wide = load_line(data + (index ? index[step] : step) * stride + i + part, 1, n - i - part);
+          std::memcpy(&bits, &wide, sizeof bits);
+          return bits;
+        };
+        vi both = ((line(2 * k) >> 16) & 0xffff) | line(2 * k + 1);
+        vf pair;
+        std::memcpy(&pair, &both, sizeof pair);
+        store_step<kWidth>(out + k * kWidth + part, pair, k == pairs - 1);
+      }
+}
+
 // c [m, n] (row stride ldc) (+)= packed a times packed b; ragged edges go through a local tile.
 inline void multiply_pairs(const float* a, int64_t m, const float* b, int64_t n, int64_t depth, float* c, int64_t ldc,
                            bool accumulate) {
@@ -80,6 +103,23 @@ inline void multiply_pairs(const float* a, int64_t m, const float* b, int64_t n,
           out[r * ldc + s] = (accumulate ? out[r * ldc + s] : 0) + tile[r * kNr + s];
     }
 }
+
+// Products in one of the two ways, chosen at run time: pairs of bf16, or fp32 panels of any operands.
+struct Multiplier {
+  bool pairs;
+
+  template <int kWidth, class T>
+  void pack_panels(const Operand<T>& m, int64_t n, int64_t depth, float* out) const {
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (pairs && m.depth_stride == 1 && !m.index) return pack_pairs<kWidth>(m.data, m.stride, n, depth, out);
+      if (pairs) return pack_pairs_across<kWidth>(m.data, m.depth_stride, m.index, n, depth, out);
+    }
+    pack<kWidth>(m, n, depth, out);
+  }
+  void multiply(const float* a, int64_t m, const float* b, int64_t n, int64_t depth, float* c, int64_t ldc, bool accumulate) const {
+    (pairs ? multiply_pairs : multiply_panels)(a, m, b, n, depth, c, ldc, accumulate);
+  }
+};
 
 }  // namespace CHASSIS_ISA
 }  // namespace chassis

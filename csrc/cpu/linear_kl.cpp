@@ -27,19 +27,6 @@ constexpr int64_t kSum = 128;                                      // products p
 constexpr int64_t kForkWork = 1 << 17;                            // multiply-adds that repay waking the other threads
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// tanh to about 2 ulp: a polynomial near 0, (1 - e^-2|x|) / (1 + e^-2|x|) elsewhere.
-vf tanh(vf x) {
-  vf size = x < 0 ? -x : x, square = x * x;
-  vf p = splat(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square + -5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square + -3.33332819422e-1f;
-  vf e = exp_nonpositive(size * -2.0f);
-  vf far = (1.0f - e) / (1.0f + e);
-  return size < 0.625f ? x + x * square * p : x < 0 ? -far : far;
-}
-
 double sum64(vf v) {
   double total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -49,11 +36,12 @@ double sum64(vf v) {
 // One term of the logits: left [rows, depth] times right, which is [columns, depth] or, across, [depth, columns].
 struct Product {
   Matrix left, right;
-  bool across, pairs;
+  bool across;
+  Multiplier way;
 
   Product(const Matrix& left, const Matrix& right, bool across)
       : left(left), right(right), across(across),
-        pairs(!across && left.dtype == DType::bf16 && right.dtype == DType::bf16 && has_bf16_products()) {}
+        way{!across && left.dtype == DType::bf16 && right.dtype == DType::bf16 && has_bf16_products()} {}
 
   void pack_left(int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) const {
     pack_operand<kMr>(left, row, rows, k, depth, left.stride, 1, out);
@@ -62,17 +50,16 @@ struct Product {
     pack_operand<kNr>(right, column, columns, k, depth, across ? 1 : right.stride, across ? right.stride : 1, out);
   }
   void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, float* out, bool accumulate) const {
-    (pairs ? multiply_pairs : multiply_panels)(a, rows, b, columns, depth, out, kTile, accumulate);
+    way.multiply(a, rows, b, columns, depth, out, kTile, accumulate);
   }
 
  private:
   template <int kWidth>
   void pack_operand(const Matrix& m, int64_t i, int64_t n, int64_t k, int64_t depth, int64_t stride, int64_t depth_stride,
                     float* out) const {
-    if (pairs) return pack_pairs<kWidth>(static_cast<const bf16*>(m.data) + i * stride + k, stride, n, depth, out);
     with_type(m, [&](auto* p) {
       Operand<std::remove_pointer_t<decltype(p)>> operand{p, stride, depth_stride};
-      pack<kWidth>(operand.from(i, k), n, depth, out);
+      way.pack_panels<kWidth>(operand.from(i, k), n, depth, out);
     });
   }
 };

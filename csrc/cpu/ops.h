@@ -62,6 +62,28 @@ struct ProjectionKLResult {
   const float *weight, *nll_weight;
 };
 
+// `loss` for student = cap(hidden weight^T + bias), its `student` left empty; row j of the head is weight[ids[j]] (null:
+// weight[j]) for the loss's `width` tokens. softcap 0 means none.
+struct LinearProjectionKL {
+  Matrix hidden, weight, bias;
+  const int64_t* ids;
+  float softcap;
+  ProjectionKL loss;
+};
+// kl and agree [chunks], nll and correct [N] with labels, all zeroed by the caller. Where upstream is there, the gradients of
+// sum upstream[c] kl[c] + sum upstream_nll[t] nll[t] for hidden [N, D] (zeroed by the caller), weight [.., D] and bias [..],
+// those that are there, in fp32. The logits of about `block` rows exist at a time.
+struct LinearProjectionKLResult {
+  float* kl;
+  bool* agree;
+  float* nll;
+  bool* correct;
+  const float *upstream, *upstream_nll;
+  Matrix grad_hidden, grad_weight;
+  float* grad_bias;
+  int64_t block;
+};
+
 // student and teacher [N, V] logits, the k columns compared (null: the first k), the rows to compare (null: all).
 struct TokenKL {
   Matrix student, teacher;
@@ -118,6 +140,7 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \
                           const LinearKLGradients& out);                                                         \
   void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
+  void linear_projection_kl(const LinearProjectionKL& args, const LinearProjectionKLResult& out);                \
   void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
   void token_kl(const TokenKL& args, float* kl);                                                                 \
   void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);                          \

@@ -163,5 +163,18 @@ inline vf log_positive(vf x) {
   return x == x ? value : x;
 }
 
+// tanh to about 2 ulp: a polynomial near 0, (1 - e^-2|x|) / (1 + e^-2|x|) elsewhere.
+inline vf tanh(vf x) {
+  vf size = x < 0 ? -x : x, square = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  vf e = exp_nonpositive(size * -2.0f);
+  vf far = (1.0f - e) / (1.0f + e);
+  return size < 0.625f ? x + x * square * p : x < 0 ? -far : far;
+}
+
 }  // namespace CHASSIS_ISA
 }  // namespace chassis

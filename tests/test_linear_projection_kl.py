@@ -1,0 +1,437 @@
+"""linear_projection_kl: every backend against float64 autograd through the eager definition; the contract of the op."""
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import LiveMemory, rerun_on
+
+from chassis_kernels import Chunks, SparseProjection, TeacherHead, TopK, backends, linear_projection_kl, projection_kl
+from chassis_kernels.reference import linear_projection_kl as reference
+from chassis_kernels.reference import teacher as teacher_logits
+
+module = sys.modules["chassis_kernels.linear_projection_kl"]  # the package's name of that spelling is the function
+HAVE = [b for b in ("reference", "cpu") if not backends.why_not("linear_projection_kl", b, "cpu")]
+OPS = ("linear_projection_kl", "linear_projection_kl_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = ("logits", "head", "top-k")
+BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+NAMES = ("hidden", "weight", "bias")
+
+
+@pytest.fixture(params=HAVE)
+def backend(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+class Problem(NamedTuple):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    teacher: torch.Tensor | TeacherHead | TopK
+    projection: SparseProjection
+    chunks: Chunks
+    options: dict
+
+    def to(self, dtype):
+        tensors = (t if t is None else t.to(dtype) for t in self[:3])
+        teacher = self.teacher
+        if isinstance(teacher, TopK):
+            teacher = teacher._replace(log_probs=teacher.log_probs.to(dtype))
+        elif isinstance(teacher, TeacherHead):
+            teacher = TeacherHead(*(t.to(dtype) for t in teacher[:3]), teacher.softcap)
+        else:
+            teacher = teacher.to(dtype)
+        return Problem(*tensors, teacher, *self[4:])
+
+
+def problem(
+    b=2, t_s=9, t_t=11, v_s=37, v_t=29, d=6, k=3, c=5, topk=12, seed=0, form="logits", bias=True, single=False, **options
+):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    projection = SparseProjection(torch.randint(-1, v_t, (v_s, k), generator=g), torch.rand(v_s, k, generator=g), v_t)
+    ids_s, ids_t = (torch.randint(-1, c, (b, t), generator=g) for t in (t_s, t_t))
+    if single:
+        ids_s = torch.arange(t_s).repeat(b, 1) - 1
+        ids_s = torch.where(ids_s < c, ids_s, -1)
+    chunks = Chunks(ids_s, ids_t, torch.rand(b, c, generator=g) < 0.8, torch.rand(b, c, generator=g) < 0.7)
+    teacher = 3 * normal(b, t_t, v_t)
+    if form == "head":
+        teacher = TeacherHead(normal(b, t_t, 5), normal(v_t, 5), normal(v_t), 9.0)
+    elif form == "top-k":
+        log_probs, ids = torch.log_softmax(teacher, -1).topk(min(7, v_t), -1)
+        teacher = TopK(log_probs, torch.where(torch.rand(ids.shape, generator=g) < 0.1, -1, ids))
+    head = 3 * normal(b, t_s, d), normal(v_s, d) / max(d, 1) ** 0.5, normal(v_s) if bias else None
+    return Problem(*head, teacher, projection, chunks, {"vocab_topk": topk, **options})
+
+
+def run(p, upstream=None, needs=(True, True, True), **more):
+    """Loss, stats and the gradients (of upstream(loss), by default the loss) by the op."""
+    leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(p[:3], needs, strict=True)]
+    loss, stats = linear_projection_kl(*leaves[:2], *p[3:6], student_bias=leaves[2], **p.options | more)
+    if loss.requires_grad:
+        (loss if upstream is None else upstream(loss)).backward()
+    return loss.detach(), stats, [None if t is None else t.grad for t in leaves]
+
+
+def truth(p, dtype=torch.float64, columns=None):
+    """The same by autograd through the eager definition."""
+    p = p.to(dtype)
+    leaves = [t if t is None else t.detach().requires_grad_() for t in p[:3]]
+    options = {name: value for name, value in p.options.items() if name != "restrict"}
+    if columns is not None:
+        options["columns"] = columns
+    loss, stats = reference.loss(*leaves[:2], *p[3:6], student_bias=leaves[2], **options)
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+    return loss.detach(), stats, grads
+
+
+def eager(p, columns):
+    """What one writes without this op: logits in the inputs' dtype, then the loss in float32."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in p[:3]]
+    z = leaves[0] @ leaves[1].T
+    if leaves[2] is not None:
+        z = z + leaves[2]
+    cap = p.options.get("student_softcap")
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+    options = {n: v for n, v in p.options.items() if n not in ("student_softcap", "restrict")} | {"columns": columns}
+    loss, _ = projection_kl(z, teacher_logits.logits(p.teacher, p.projection.n_teacher), *p[4:6], **options)
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(loss, wanted) if loss.requires_grad else [torch.zeros_like(t) for t in wanted]
+    return loss.detach(), grads
+
+
+def check(p, **more):
+    """The numerical contract: at most twice the error of the eager expression in the input dtype."""
+    loss, stats, grads = run(p, **more)
+    right_loss, right_stats, right = truth(p, columns=stats.columns)
+    eager_loss, eager_grads = eager(p, stats.columns)
+    assert loss.dtype == torch.float32
+    assert abs(loss - right_loss) <= 2 * abs(eager_loss - right_loss) + 4e-6 * (1 + abs(right_loss))
+    for found, other, want in zip((g for g in grads if g is not None), eager_grads, right, strict=True):
+        unit = want.norm() + 1e-30
+        assert found.dtype == other.dtype and found.shape == want.shape
+        assert (found.double() - want).norm() / unit <= 2 * (other.double() - want).norm() / unit + 2e-6
+    assert stats.valid_pairs == right_stats.valid_pairs
+    torch.testing.assert_close(stats.chunk_kl.double(), right_stats.chunk_kl, rtol=1e-4, atol=5e-5)
+    return loss, stats, grads
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "part of a wider one": lambda t: torch.cat([t, t + 1], -1)[..., : t.shape[-1]],
+    "every other row": lambda t: t.repeat_interleave(2, -2)[..., ::2, :],
+}
+
+
+@pytest.mark.parametrize("name", HAVE)
+@given(
+    b=st.integers(1, 3),
+    t=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    v=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    d=st.one_of(st.integers(0, 40), st.sampled_from([129, 257, 300])),
+    k=st.integers(0, 4),
+    c=st.integers(1, 6),
+    topk=st.integers(1, 160),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
+    form=st.sampled_from(FORMS),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 4.0]),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    divergence=st.sampled_from(["forward", "reverse", "js"]),
+    tail=st.booleans(),
+    exact=st.booleans(),
+    block=st.sampled_from([1, 5, 96]),
+    seed=st.integers(0, 99),
+)
+@BUDGET
+def test_value_and_gradients(
+    name, b, t, v, d, k, c, topk, dtype, layouts, form, bias, softcap, temperature, divergence, tail, exact, block, seed
+):
+    options = {"temperature": temperature, "divergence": divergence, "tail": tail, "exact_only": exact}
+    p = problem(b, *t, *v, d, k, c, topk, seed, form, bias, student_softcap=softcap, **options).to(dtype)
+    p = p._replace(hidden=LAYOUTS[layouts[0]](p.hidden), weight=LAYOUTS[layouts[1]](p.weight))
+    before, module.BLOCK_ROWS = module.BLOCK_ROWS, (block, block)
+    try:
+        with backends.use_backend(name):
+            check(p)
+    finally:
+        module.BLOCK_ROWS = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 130, 140, 700, 600, 300, 4, 60, 200), (2, 50, 40, 1500, 900, 64, 2, 40, 899)])
+def test_several_blocks_and_tiles(shape, dtype, backend):
+    check(problem(*shape, temperature=1.5, student_softcap=20.0).to(dtype))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_gradcheck(divergence):
+    p = problem(2, 5, 6, 9, 8, 3, 2, 4, 5, divergence=divergence, student_softcap=5.0, tail=True).to(torch.float64)
+
+    def loss(hidden, weight, bias):
+        return linear_projection_kl(hidden, weight, *p[3:6], student_bias=bias, **p.options)[0]
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in p[:3]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_equals_projection_kl_of_the_logits(form, divergence, tail, backend):
+    p = problem(form=form, divergence=divergence, tail=tail, temperature=2.0)
+    labels = torch.randint(-1, 37, (2, 9), generator=torch.Generator().manual_seed(5))
+    loss, stats, _ = run(p, labels=labels)
+    z = p.hidden @ p.weight.T + p.bias
+    teacher = teacher_logits.logits(p.teacher, 29)
+    want, other = projection_kl(z, teacher, *p[4:6], **p.options, labels=labels, columns=stats.columns)
+    torch.testing.assert_close(loss, want, rtol=2e-6, atol=2e-6)
+    assert torch.equal(stats.columns, projection_kl(z, teacher, *p[4:6], **p.options)[1].columns)
+    assert stats.accuracy == other.accuracy and stats.valid_pairs == other.valid_pairs and stats.touched == 1
+    torch.testing.assert_close(stats.nll, other.nll, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.correct, other.correct)
+
+
+def test_labels(backend):
+    """With label_weight in the pass of the loss, without it through stats.nll: the same gradients."""
+    p = problem(temperature=2.0)
+    g = torch.Generator().manual_seed(5)
+    labels, weight = torch.randint(-1, 37, (2, 9), generator=g), torch.rand(2, 9, generator=g)
+    p.chunks.student[0] = -1
+    loss, stats, grads = run(p, labels=labels, label_weight=weight)
+    assert not stats.nll.requires_grad and not stats.nll[labels < 0].any()
+    right = truth(p._replace(options=p.options | {"labels": labels, "label_weight": weight}))
+    torch.testing.assert_close(loss.double(), right[0], rtol=1e-5, atol=1e-6)
+    leaves = [t.detach().requires_grad_() for t in p[:3]]
+    plain, stats = linear_projection_kl(*leaves[:2], *p[3:6], student_bias=leaves[2], **p.options, labels=labels)
+    total = plain + (stats.nll * weight).sum()
+    for one, other, want in zip(torch.autograd.grad(total, leaves), grads, right[2], strict=True):
+        torch.testing.assert_close(one.double(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_upstream_gradients(backend):
+    p = problem(sample_mask=torch.tensor([0.25, 1.5]), denominator=3)
+    loss, _, grads = check(p)
+    through = run(p, upstream=lambda x: (x / 8).exp())[2]
+    for found, grad in zip(through, grads, strict=True):
+        torch.testing.assert_close(found, (loss / 8).exp() / 8 * grad, rtol=1e-5, atol=1e-9)
+
+
+def test_second_backward_is_exact(backend):
+    p = problem()
+    leaves = [t.requires_grad_() for t in p[:3]]
+    loss, _ = linear_projection_kl(*leaves[:2], *p[3:6], student_bias=leaves[2], **p.options)
+    first = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(2 * loss, leaves, retain_graph=True)))
+    (grad,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_loss_scaling_are_rounded_once(dtype, backend):
+    """A loss scale must reach the gradient before it is rounded: unscaled, these would be subnormal or 0 in float16."""
+    p = problem(denominator=1e6).to(dtype)
+    scaled = run(p, upstream=lambda x: x * 2**16)[2]
+    for found, want in zip(scaled, truth(p)[2], strict=True):
+        assert (found.double() / 2**16 - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()
+
+
+def test_error_does_not_grow_with_the_number_of_blocks(monkeypatch):
+    """dW is summed in float32 over blocks of rows, also for bfloat16 weights."""
+    p = problem(1, 400, 400, 64, 50, 16, 2, 150, 30).to(torch.bfloat16)
+    right, errors = truth(p)[2][1], []
+    for block in (2, 20, 400):
+        monkeypatch.setattr(module, "BLOCK_ROWS", (block, block))
+        errors.append((run(p)[2][1].double() - right).norm() / right.norm())
+    assert max(errors) <= 1.2 * min(errors)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
+def test_only_what_requires_grad_gets_one(needs, backend):
+    p = problem()
+    _, _, every = run(p)
+    loss, _, grads = run(p, needs=needs)
+    for need, grad, want in zip(needs, grads, every, strict=True):
+        assert torch.equal(grad, want) if need else grad is None
+    with torch.no_grad():
+        assert torch.equal(run(p)[0], loss)
+
+
+def single(**options):
+    """A third of the student's tokens project into the columns."""
+    p = problem(t_s=12, v_s=60, v_t=90, k=1, c=11, topk=30, single=True, **options)
+    return p
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_of_one_token_need_only_the_rows_that_project(dtype, form, backend):
+    p = single(form=form, student_softcap=9.0).to(dtype)
+    loss, stats, grads = check(p)
+    assert 0 < stats.touched <= 0.6
+    whole = run(p, restrict=False)
+    assert whole[1].touched == 1
+    torch.testing.assert_close(loss, whole[0], rtol=1e-5, atol=1e-6)
+    untouched = torch.ones(60, dtype=torch.bool)
+    untouched[p.projection.slice(stats.columns).rows] = False
+    assert untouched.float().mean() == pytest.approx(1 - stats.touched)
+    assert not grads[1][untouched].any() and not grads[2][untouched].any()
+
+
+def test_restriction_differs_by_epsilon():
+    """The share rho of the mass on the tokens kept divides ε: a student that gives J a mass of 1e-6 sees it in float64."""
+    p = single(bias=True).to(torch.float64)
+    kept = p.projection.slice(run(p)[1].columns).rows.unique()
+    bias = p.bias.clone()
+    bias[kept] -= 20
+    p = p._replace(bias=bias)
+    loss, whole = (run(p, restrict=restrict)[0] for restrict in (True, False))
+    z = p.hidden @ p.weight.T + p.bias
+    mass = z.softmax(-1)[..., kept].sum(-1)
+    assert mass.max() < 1e-4
+    assert 0 < abs(loss - whole) < 1e-10 / mass.min() / p.projection.weights.min()
+
+
+def test_restriction_is_refused_where_it_would_be_wrong():
+    for p in (problem(), single(tail=True), single(labels=torch.zeros(2, 12, dtype=torch.int64))):
+        assert run(p)[1].touched == 1
+        with pytest.raises(ValueError, match="needs chunks of one student token"):
+            run(p, restrict=True)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [{"b": 0}, {"t_s": 0}, {"t_t": 0}, {"d": 0}, {"k": 0}, {"sample_mask": torch.zeros(2)}, {"c": 1, "exact_only": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_to_compare(empty, form, backend):
+    loss, stats, grads = run(problem(form=form, **empty))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+    if stats.valid_pairs == 0:
+        assert loss == 0 and not any(g.any() for g in grads)
+
+
+def test_heads_wider_than_their_tokenizers(backend):
+    p = problem()
+    loss, _, grads = run(p)
+    wide = [torch.cat([t, torch.full((4, *t.shape[1:]), 70.0)]) for t in p[1:3]]
+    wide_loss, _, wide_grads = run(p._replace(weight=wide[0], bias=wide[1]))
+    torch.testing.assert_close(wide_loss, loss)
+    for found, grad in zip(wide_grads[1:], grads[1:], strict=True):
+        torch.testing.assert_close(found[:37], grad)
+        assert not found[37:].any()
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_large_offsets(offset, backend):
+    p = problem()
+    check(p._replace(bias=(p.bias * 8).round() / 8 + offset))
+
+
+def test_a_chunk_longer_than_a_block(backend, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ROWS", (4, 4))
+    p = problem(1, 40, 5, c=2)
+    p.chunks.student[:] = 0
+    p.chunks.valid[:] = True
+    check(p)
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tensor_of_all_logits_is_made(form):
+    """The extension's block of logits is its own; tensors are results, columns and the teacher's tile."""
+    p = problem(1, 600, 600, 4000, 300, 8, 1, 300, 50, form=form)
+    p.projection.columns  # noqa: B018 - kept by the projection
+    with LiveMemory() as live, backends.use_backend("cpu"):
+        run(p)
+    assert live.peak < 4 * 600 * 4000 / 4
+
+
+def test_results_repeat_for_a_number_of_threads_and_agree_across(backend):
+    p = problem(2, 40, 40, 900, 800, 30, 3, 20, 300)
+    found, before = {}, torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            loss, _, grads = run(p)
+            assert all(map(torch.equal, (loss, *grads), found.setdefault(threads, (loss, *grads))))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(found[1], found[3], strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast(backend):
+    p = problem(form="head")
+    plain = run(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(p)
+    assert torch.equal(plain[0], cast[0]) and all(map(torch.equal, plain[2], cast[2]))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, backend):
+    arguments = list(backends.OPS[name].example("cpu"))
+    if name == "linear_projection_kl":
+        arguments[:3] = [t.requires_grad_() for t in arguments[:3]]
+    torch.library.opcheck(getattr(torch.ops.chassis, name).default, tuple(arguments))
+
+
+def test_compiled_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    p = problem()
+
+    def step(hidden, weight, bias, teacher, chunks):
+        return linear_projection_kl(hidden, weight, teacher, p.projection, chunks, student_bias=bias, vocab_topk=12)[0]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    found = []
+    for f in (step, compiled):
+        leaves = [t.detach().requires_grad_() for t in p[:3]]
+        f(*leaves, p.teacher, p.chunks).backward()
+        found.append([t.grad for t in leaves])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set(isa):
+    rerun_on(isa, __file__, "several_blocks and cpu")
+
+
+def test_what_does_not_fit_is_refused():
+    p = problem()
+    for change, options, message in (
+        ({"hidden": p.hidden[0]}, {}, "student_hidden is torch.float32"),
+        ({"weight": p.weight[:36]}, {}, r"expected \(>= 37, 6\)"),
+        ({"weight": p.weight[:, :5]}, {}, r"student_weight has shape \(37, 5\)"),
+        ({"bias": p.bias[:36]}, {}, r"student_bias has shape \(36,\), expected \(37,\)"),
+        ({"teacher": p.teacher[..., :28]}, {}, ">= 29"),
+        ({"teacher": p.teacher[:1]}, {}, "2 samples"),
+        ({"teacher": TopK(p.teacher, p.teacher)}, {}, "TopK holds"),
+        ({"hidden": p.hidden[:, 1:]}, {}, "chunks.student is"),
+        ({}, {"student_softcap": 0.0}, "student_softcap is 0.0"),
+        ({}, {"temperature": 0.0}, "temperature is 0"),
+        ({}, {"divergence": "backward"}, "divergence is 'backward'"),
+        ({}, {"columns": torch.tensor([29])}, "ids from 29 to 29"),
+        ({}, {"labels": torch.zeros(2, 8, dtype=torch.int64)}, "labels is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(p._replace(**change), **options)
