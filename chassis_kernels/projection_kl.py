@@ -325,6 +325,7 @@ backends.register(
     fake=_outputs,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("projection_kl", "projection_kl"),
     cuda=backends.cuda_kernel("projection_kl", "projection_kl"),
 )
 backends.register(
@@ -335,6 +336,7 @@ backends.register(
     example=_example_backward,
     inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("projection_kl", "projection_kl_backward"),
     cuda=backends.cuda_kernel("projection_kl", "projection_kl_backward"),
 )
 backends.register(
@@ -343,6 +345,7 @@ backends.register(
     fake=lambda out, weight, nll_weight, *arguments: _outputs(*arguments)[:3],
     example=_example_into,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("projection_kl", "projection_kl_"),
     cuda=backends.cuda_kernel("projection_kl", "projection_kl_"),
 )
 backends.register(

@@ -1,5 +1,6 @@
 """What several test files share: the testbed, trained once per cache, and random models built on the spot."""
 
+import importlib.util
 import os
 
 import pytest
@@ -60,6 +61,28 @@ def tiny_lm(tiny_tokenizer):
             return AutoModelForCausalLM.from_config(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_rounds_to_nearest():
+    """As on every GPU: Triton's interpreter would cut the last 16 bits off."""
+    if not os.environ.get("TRITON_INTERPRET") or not importlib.util.find_spec("triton"):
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def cast(self, source, wanted):
+        kinds = source.dtype.scalar, wanted.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(source.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return original(self, source, wanted)
+
+    original, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
 
 
 @pytest.fixture

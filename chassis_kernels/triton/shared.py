@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 
 
-def launch(op: str, kernel, grid: Callable[[dict], tuple[int, ...]], size: int, **arguments) -> None:
+def launch(op: str, kernel, grid: Callable[[dict], tuple[int, ...]], size: int, /, **arguments) -> None:
     """Run `kernel(**arguments)` with the tuning entry of `op` for a problem of `size`, on its tensors' device.
 
     `grid` makes the numbers of programs from the entry; where one is 0 there is nothing to do.
@@ -56,3 +56,10 @@ def _describe(device: torch.device) -> tuple[str, str]:
 def finite_max(x, axis: tl.constexpr):
     """The largest value along an axis, but at least the lowest float: z - finite_max(z) is -inf, not NaN, for -inf z."""
     return tl.maximum(tl.max(x, axis), -3.4028234663852886e38)
+
+
+@triton.jit
+def online(best, total, x, scale):
+    """(max, Σ exp2((x - max) scale)) of what was seen, from (-inf, 0) on, with the values x added; -inf adds nothing."""
+    new = tl.maximum(best, finite_max(x, 0))
+    return new, total * tl.exp2((best - new) * scale) + tl.sum(tl.exp2((x - new) * scale), 0)

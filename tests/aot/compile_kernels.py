@@ -28,19 +28,26 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
+# Arguments that choose other constants than an op's example does.
+OTHERWISE = {
+    "projection_kl": {"labels": None, "tail": False},
+    "projection_kl_backward": {"grad_nll": None, "tail": False},
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def launches():
-    """(op, kernel, arguments) of every launch on every op's example, in each dtype; nothing runs."""
+    """(op, kernel, arguments) of every launch on every op's example and OTHERWISE, in each dtype; nothing runs."""
     shared._describe = lambda device: ("interpreter", "interpreter")
     found = []
     shared.run = lambda op, kernel, programs, arguments, meta: found.append((op, kernel, arguments))
     for op in backends.OPS.values():
         if "triton" not in op.implementations:
             continue
-        for dtype in sorted(op.implementations["triton"].dtypes, key=str):
-            op.implementations["triton"].run(*map(lambda a: as_type(a, dtype), op.example("cpu")))
+        names = [argument.name for argument in getattr(torch.ops.chassis, op.name).default._schema.arguments]
+        for dtype, other in itertools.product(op.implementations["triton"].dtypes, ({}, OTHERWISE.get(op.name, {}))):
+            arguments = dict(zip(names, op.example("cpu"), strict=True)) | other
+            op.implementations["triton"].run(*(as_type(a, dtype) for a in arguments.values()))
     return found
 
 
