@@ -79,7 +79,7 @@ def into_buffer(loss: Callable, *, given: Callable = aligned, in_place: bool = F
     return Provider(prepare, **options)
 
 
-def in_parts(loss: Callable, shared: Callable[..., dict]) -> Provider:
+def in_parts(loss: Callable, shared: Callable[..., dict], **options) -> Provider:
     """The eager loss over PARTS ranges of chunks, one after the other: a fraction of the memory, a gradient in pieces.
 
     `shared(student, teacher, projection, chunks)` gives the options that must not depend on the range.
@@ -90,18 +90,18 @@ def in_parts(loss: Callable, shared: Callable[..., dict]) -> Provider:
         parts = list(_ranges(chunks))
 
         def step():
-            options = shared(student, teacher, projection, chunks)
+            same = shared(student, teacher, projection, chunks)
             total, gradient = 0.0, torch.zeros_like(student)
             for rows, others, part in parts:
                 leaf = student[:, rows].detach().requires_grad_()
-                value = loss(leaf, teacher[:, others], projection, part, **options)
+                value = loss(leaf, teacher[:, others], projection, part, **same)
                 gradient[:, rows.start : rows.stop - 1] = torch.autograd.grad(value, leaf)[0][:, :-1]
                 total += value.detach()
             return total, gradient
 
         return step
 
-    return Provider(prepare)
+    return Provider(prepare, **options)
 
 
 def pairs(chunks: Chunks) -> Tensor:

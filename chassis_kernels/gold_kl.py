@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
-from chassis_kernels.chunks import Chunks, check_chunks
+from chassis_kernels.chunks import Chunks, check_chunks, layout
+from chassis_kernels.grad_buffer import check_buffer, hand_over
 from chassis_kernels.parallel import gold_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl as reference
@@ -36,6 +37,7 @@ def gold_kl(
     exact_only: bool = False,
     sample_mask: Tensor | None = None,  # [B]
     denominator: Tensor | float | None = None,
+    grad_buffer: Tensor | None = None,  # [B, T_s, V_s]
     parallel: Parallel = ONE_RANK,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """τ² (Σ common + Σ l1) / D over the chunks that count, in nats and probability, [] float32 (float64 if logits are);
@@ -45,9 +47,13 @@ def gold_kl(
     correct), has predicting positions on both sides and a sample mask that is not 0. D is `denominator`, else the number of
     chunks that count; at least 1. `reverse` swaps the roles in the common part.
 
+    Differentiable in student_logits. grad_buffer, of the logits' shape and dtype: the gradient is written there in the same
+    pass as the loss, and backward returns it, once; a second backward raises. It may be student_logits itself, whose values
+    are then lost. Unused where no gradient is asked for.
+
     parallel: the groups over which vocabulary and sequence are spread; logits and chunk ids are then this rank's.
 
-    Differentiable in student_logits. Raises ValueError for shapes, dtypes or ids that do not fit.
+    Raises ValueError for shapes, dtypes or ids that do not fit.
     """
     size = projection.n_student
     if student_logits.dim() == 3 and parallel.head(student_logits) != size:
@@ -67,7 +73,19 @@ def gold_kl(
         "denominator": denominator,
     }
     if parallel.sharded:
+        if grad_buffer is not None:
+            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
         return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
+    if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
+        check_buffer(grad_buffer, student_logits)
+        with torch.no_grad():
+            plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
+            rest = relaxed, (float(temperature), uncommon_topk, reverse)
+            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, *rest)
+            weight = (temperature**2 / reference.divide_by(plan, denominator)).expand(len(plan.weight))
+            parts = torch.ops.chassis.gold_kl_(grad_buffer.detach().flatten(0, 1), weight, *arguments)
+            loss, metrics = reference.combine(*parts, plan, temperature, denominator)
+        return hand_over(loss, student_logits, grad_buffer, "gold_kl"), metrics
     op = torch.ops.chassis.gold_kl
     return reference.loss(student_logits, teacher_logits, projection, chunks, **options, op=op)
 
@@ -92,43 +110,54 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("gold_kl has no second derivative: use xtoken_loss(..., eager=True)")
 
 
-def _cpu(student, teacher, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = arguments[4]
-    out = torch.empty(chunks), torch.empty(chunks), torch.empty(chunks, dtype=torch.bool)
-    _call(student, teacher, *arguments, out, None)
-    return out
+def _reference_(out, weight, *arguments):
+    parts = reference.gold_kl(*arguments)
+    out.copy_(reference.gold_kl_backward(weight, weight, *arguments))
+    return parts
+
+
+def _cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    parts = _parts(*arguments)
+    _call(arguments, parts)
+    return parts
 
 
 def _cpu_backward(grad_common, grad_l1, student, *arguments) -> Tensor:
     out = torch.empty(student.shape, dtype=student.dtype)
-    _call(student, *arguments, (grad_common.float().contiguous(), grad_l1.float().contiguous()), out)
+    _call((student, *arguments), None, (grad_common, grad_l1), out)
     return out
 
 
-def _call(
-    student, teacher, students, teachers, student_chunk, teacher_chunk, chunks, temperature, topk, reverse, result, grad
-) -> None:
-    """The extension's gold_kl: `result` is common, l1 and agree, or with `grad` the weights of common and l1."""
-    student, teacher = backends.rows_contiguous(student), backends.rows_contiguous(teacher)
-    ids = [t.contiguous() for t in (students, teachers, student_chunk, teacher_chunk)]
-    addresses = [t.data_ptr() for t in result]
+def _cpu_(out, weight, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    parts = _parts(*arguments)
+    _call(arguments, parts, (weight, weight), out)
+    return parts
+
+
+def _parts(student, teacher, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for common, l1 and agree."""
+    dtypes = (compute_dtype(student, teacher),) * 2 + (torch.bool,)
+    return tuple(student.new_empty(arguments[4], dtype=dtype) for dtype in dtypes)
+
+
+def _call(inputs, parts, weights=None, grad=None) -> None:
+    """The extension's gold_kl: fills `parts` (common, l1, agree) and `grad`, as far as they are given."""
+    student, teacher = (backends.rows_contiguous(t) for t in inputs[:2])
+    students, teachers, student_chunk, teacher_chunk = ids = [t.contiguous() for t in inputs[2:6]]
+    weights = None if weights is None else [t.float().contiguous() for t in weights]
+    chunks, temperature, topk, reverse = inputs[6:]
     backends._C.gold_kl(
         backends.matrix_args(student),
         backends.matrix_args(teacher),
-        (ids[0].data_ptr(), ids[1].data_ptr(), len(ids[0])),
-        (ids[2].data_ptr(), ids[3].data_ptr(), chunks),
+        (students.data_ptr(), teachers.data_ptr(), len(ids[0])),
+        (student_chunk.data_ptr(), teacher_chunk.data_ptr(), chunks),
         temperature,
         topk,
         reverse,
-        *addresses[:2],
-        addresses[2] if grad is None else 0,
+        (0, 0, 0) if parts is None else tuple(t.data_ptr() for t in parts),
+        (0, 0) if weights is None else tuple(t.data_ptr() for t in weights),
         backends.matrix_args(grad),
     )
-
-
-def _fake(student, teacher, *arguments):
-    dtypes = (compute_dtype(student, teacher),) * 2 + (torch.bool,)
-    return tuple(student.new_empty(arguments[4], dtype=dtype) for dtype in dtypes)
 
 
 def _example(device: str) -> tuple:
@@ -142,10 +171,14 @@ def _example_backward(device: str) -> tuple:
     return *(torch.tensor(t, device=device) for t in ([0.5, -2.0, 1.0], [1.0, 0.5, 0.0])), *_example(device)
 
 
+def _example_into(device: str) -> tuple:
+    return torch.empty(5, 7, device=device), torch.tensor([0.5, -2.0, 1.0], device=device), *_example(device)
+
+
 backends.register(
     f"gold_kl({_INPUTS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.gold_kl,
-    fake=_fake,
+    fake=_parts,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
@@ -157,9 +190,14 @@ backends.register(
     inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
 )
-torch.library.register_autograd(
-    "chassis::gold_kl", _backward, setup_context=_setup_context, lib=backends.library
+backends.register(
+    f"gold_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_,
+    fake=lambda out, weight, *arguments: _parts(*arguments),
+    example=_example_into,
+    cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
 )
+torch.library.register_autograd("chassis::gold_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(
     "chassis::gold_kl_backward",
     _no_second_derivative,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
+from chassis_kernels.grad_buffer import check_buffer, hand_over
 from chassis_kernels.parallel import token_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import token_kl as reference
@@ -25,18 +26,27 @@ def token_kl(
     reverse: bool = False,
     n_tokens: Tensor | float,
     column_mask: Tensor | None = None,  # [B, T] bool
+    grad_buffer: Tensor | None = None,  # [B, T, V]
     parallel: Parallel = ONE_RANK,
 ) -> Tensor:
     """τ² Σ mask KL(teacher ‖ student) / (n_tokens + 1e-8) in nats, [] float32 (float64 if logits are).
 
     With vocab_topk both sides are normalised within the columns that reach the largest teacher logits anywhere in the
     batch (positions outside `column_mask` do not vote; ties go to the lowest id); None: over all V tokens. `reverse`:
-    KL(student ‖ teacher). Rows of mask 0 are not read. Differentiable in student_logits. Raises ValueError for shapes
-    and dtypes that do not fit. parallel: the groups over which vocabulary and sequence are spread; logits and masks are
-    then this rank's.
+    KL(student ‖ teacher). Rows of mask 0 are not read.
+
+    Differentiable in student_logits. grad_buffer, of the logits' shape and dtype: the gradient is written there in the same
+    pass as the loss, and backward returns it, once; a second backward raises. It may be student_logits itself, whose values
+    are then lost. Unused where no gradient is asked for.
+
+    parallel: the groups over which vocabulary and sequence are spread; logits and masks are then this rank's.
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
     _check(student_logits, teacher_logits, mask, temperature, vocab_topk, column_mask, parallel)
     if parallel.sharded:
+        if grad_buffer is not None:
+            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
         return sharded.loss(
             student_logits,
             teacher_logits,
@@ -55,8 +65,16 @@ def token_kl(
         votes = None if column_mask is None else column_mask.flatten()
         columns = torch.ops.chassis.top_columns(teacher, votes, vocab_topk)
     mask = mask.flatten().to(compute_dtype(student, teacher))
-    kl = torch.ops.chassis.token_kl(student, teacher, columns, mask != 0, float(temperature), reverse)
-    return temperature**2 * torch.where(mask != 0, mask * kl, 0.0).sum() / (n_tokens + reference.TOKENS_EPS)
+    options = columns, mask != 0, float(temperature), reverse
+    factor = temperature**2 / (n_tokens + reference.TOKENS_EPS)
+    if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
+        check_buffer(grad_buffer, student_logits)
+        with torch.no_grad():
+            kl = torch.ops.chassis.token_kl_(grad_buffer.detach().flatten(0, 1), factor * mask, student, teacher, *options)
+            loss = factor * torch.where(mask != 0, mask * kl, 0.0).sum()
+        return hand_over(loss, student_logits, grad_buffer, "token_kl")
+    kl = torch.ops.chassis.token_kl(student, teacher, *options)
+    return factor * torch.where(mask != 0, mask * kl, 0.0).sum()
 
 
 def _check(student, teacher, mask, temperature, vocab_topk, column_mask, parallel) -> None:
@@ -96,21 +114,36 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("token_kl has no second derivative: use xtoken_loss(..., eager=True)")
 
 
-def _cpu(student, teacher, columns, keep, temperature, reverse) -> Tensor:
-    kl = torch.empty(student.shape[0])
-    _call(student, teacher, columns, keep, temperature, reverse, kl, None)
+def _reference_(out, weight, *arguments) -> Tensor:
+    kl = reference.token_kl(*arguments)
+    out.copy_(reference.token_kl_backward(weight, *arguments))
+    return kl
+
+
+def _cpu(*arguments) -> Tensor:
+    kl = _fake(*arguments)
+    _call(arguments, kl)
     return kl
 
 
 def _cpu_backward(grad, student, *arguments) -> Tensor:
     out = torch.empty(student.shape, dtype=student.dtype)
-    _call(student, *arguments, grad.float().contiguous(), out)
+    _call((student, *arguments), None, grad, out)
     return out
 
 
-def _call(student, teacher, columns, keep, temperature, reverse, rows, grad) -> None:
-    student, teacher = backends.rows_contiguous(student), backends.rows_contiguous(teacher)
-    columns, keep = (None if t is None else t.contiguous() for t in (columns, keep))
+def _cpu_(out, weight, *arguments) -> Tensor:
+    kl = _fake(*arguments)
+    _call(arguments, kl, weight, out)
+    return kl
+
+
+def _call(inputs, kl, weight=None, grad=None) -> None:
+    """The extension's token_kl: fills `kl` and `grad`, as far as they are given."""
+    student, teacher = (backends.rows_contiguous(t) for t in inputs[:2])
+    columns, keep = (None if t is None else t.contiguous() for t in inputs[2:4])
+    temperature, reverse = inputs[4:]
+    weight = None if weight is None else weight.float().contiguous()
     backends._C.token_kl(
         backends.matrix_args(student),
         backends.matrix_args(teacher),
@@ -119,7 +152,8 @@ def _call(student, teacher, columns, keep, temperature, reverse, rows, grad) -> 
         0 if keep is None else keep.data_ptr(),
         temperature,
         reverse,
-        rows.data_ptr(),
+        0 if kl is None else kl.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         backends.matrix_args(grad),
     )
 
@@ -139,6 +173,10 @@ def _example_backward(device: str) -> tuple:
     return torch.tensor([0.5, -2.0, 1.0, 0.0], device=device), *_example(device)
 
 
+def _example_into(device: str) -> tuple:
+    return torch.empty(4, 7, device=device), torch.tensor([0.5, -2.0, 1.0, 0.0], device=device), *_example(device)
+
+
 backends.register(
     f"token_kl({_INPUTS}) -> Tensor",
     reference=reference.token_kl,
@@ -154,9 +192,14 @@ backends.register(
     inputs=slice(1, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
 )
-torch.library.register_autograd(
-    "chassis::token_kl", _backward, setup_context=_setup_context, lib=backends.library
+backends.register(
+    f"token_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> Tensor",
+    reference=_reference_,
+    fake=lambda out, weight, *arguments: _fake(*arguments),
+    example=_example_into,
+    cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
 )
+torch.library.register_autograd("chassis::token_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(
     "chassis::token_kl_backward",
     _no_second_derivative,

@@ -163,22 +163,22 @@ PYBIND11_MODULE(_C, m) {
     DISPATCH(top_columns(from, pointer<uint8_t>(keep), k, pointer<int64_t>(out)));
   });
   m.def("token_kl", [](const py::object& student, const py::object& teacher, uintptr_t columns, int64_t k, uintptr_t keep,
-                       float temperature, bool reverse, uintptr_t result, const py::object& grad) {
+                       float temperature, bool reverse, uintptr_t kl, uintptr_t weight, const py::object& grad) {
     chassis::TokenKL args{matrix(student), matrix(teacher), pointer<int64_t>(columns), k, pointer<bool>(keep),
                           temperature, reverse};
-    Matrix out = matrix(grad);
-    if (!grad.is_none()) DISPATCH(token_kl_backward(args, pointer<float>(result), out));
-    else DISPATCH(token_kl(args, pointer<float>(result)));
+    chassis::TokenKLResult out{pointer<float>(kl), pointer<float>(weight), matrix(grad)};
+    DISPATCH(token_kl(args, out));
   });
   m.def("gold_kl", [](const py::object& student, const py::object& teacher, const py::tuple& pairs, const py::tuple& chunks,
-                      float temperature, int64_t uncommon_topk, bool reverse, uintptr_t common, uintptr_t l1, uintptr_t agree,
+                      float temperature, int64_t uncommon_topk, bool reverse, const py::tuple& result, const py::tuple& weights,
                       const py::object& grad) {
-    auto at = [](const py::tuple& pointers, int i) { return pointer<int64_t>(pointers[i].cast<uintptr_t>()); };
-    chassis::GoldKL args{matrix(student), matrix(teacher), at(pairs, 0), at(pairs, 1), pairs[2].cast<int64_t>(), at(chunks, 0),
-                         at(chunks, 1), chunks[2].cast<int64_t>(), uncommon_topk, temperature, reverse};
-    Matrix out = matrix(grad);
-    if (!grad.is_none()) DISPATCH(gold_kl_backward(args, pointer<float>(common), pointer<float>(l1), out));
-    else DISPATCH(gold_kl(args, {pointer<float>(common), pointer<float>(l1), pointer<bool>(agree)}));
+    auto at = [](const py::tuple& pointers, int i) { return pointers[i].cast<uintptr_t>(); };
+    chassis::GoldKL args{matrix(student), matrix(teacher), pointer<int64_t>(at(pairs, 0)), pointer<int64_t>(at(pairs, 1)),
+                         pairs[2].cast<int64_t>(), pointer<int64_t>(at(chunks, 0)), pointer<int64_t>(at(chunks, 1)),
+                         chunks[2].cast<int64_t>(), uncommon_topk, temperature, reverse};
+    chassis::GoldKLResult out{pointer<float>(at(result, 0)), pointer<float>(at(result, 1)), pointer<bool>(at(result, 2)),
+                              pointer<float>(at(weights, 0)), pointer<float>(at(weights, 1)), matrix(grad)};
+    DISPATCH(gold_kl(args, out));
   });
   m.def("bridge_project", [](const py::object& logits, const py::tuple& pointers, const py::tuple& sizes, float temperature,
                              bool normalize, const py::tuple& result) {

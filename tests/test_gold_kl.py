@@ -114,7 +114,7 @@ def test_gradcheck(reverse):
     assert torch.autograd.gradcheck(lambda z: gold_kl(z, *rest, **options)[0], student.requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["gold_kl", "gold_kl_backward"])
+@pytest.mark.parametrize("name", ["gold_kl", "gold_kl_backward", "gold_kl_"])
 def test_opcheck(name, backend):
     arguments = backends.OPS[name].example("cpu")
     if name == "gold_kl":
@@ -145,6 +145,46 @@ def test_upstream_and_second_backward(backend):
     assert torch.equal(first, torch.autograd.grad(loss, leaf, retain_graph=True)[0])
     through = torch.autograd.grad((loss / 8).exp(), leaf)[0]
     torch.testing.assert_close(through, (loss.detach() / 8).exp() / 8 * first, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "uncommon_topk": 7, "temperature": 2.0}], ids=str)
+def test_gradient_into_a_buffer_and_over_the_logits(options, dtype, backend):
+    student, *rest = problem(dtype=dtype)
+    loss, metrics, right = run(gold_kl, student, *rest, **options)
+    buffer = torch.full_like(student, torch.nan)
+    again, same, grad = run(gold_kl, student, *rest, grad_buffer=buffer, **options)
+    assert grad.data_ptr() == buffer.data_ptr() and same.keys() == metrics.keys()
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(grad, right, rtol=1e-2 if dtype in HALF else 1e-5, atol=1e-7)
+    logits = student.clone().requires_grad_()
+    gold_kl(logits, *rest, grad_buffer=logits, **options)[0].backward()
+    assert torch.equal(logits.grad, grad)
+
+
+def test_a_buffer_is_handed_over_once(backend):
+    student, *rest = problem()
+    leaf, buffer = student.clone().requires_grad_(), torch.empty_like(student)
+    loss, _ = gold_kl(leaf, *rest, grad_buffer=buffer)
+    (3 * loss).backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, 3 * run(gold_kl, student, *rest)[2])
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+    with pytest.raises(ValueError, match="grad_buffer is"):
+        gold_kl(leaf, *rest, grad_buffer=buffer.double())
+
+
+def test_ranks_do_not_depend_on_the_chunk_before(backend):
+    """A chunk starts from the bound of the one before it: peaked, underflowing and, last, flat rows in turn."""
+    student, teacher, projection, _ = problem(1, 12, 12, 600, 500, mapped=0.3)
+    scale = torch.tensor([1, 40, 1e-3, 200, 3, 0.5]).repeat(2)[None, :, None]
+    ids = torch.arange(12)[None]
+    chunks = Chunks(ids, ids, torch.ones(1, 12, dtype=torch.bool))
+    check(student * scale, teacher * scale, projection, chunks, uncommon_topk=150)
+    scale[:, ::2] = 0  # equal probabilities leave the gradient's order open, not the value
+    given = student * scale, teacher * scale.flip(1), projection, chunks
+    found, right = (run(function, *given, uncommon_topk=150)[1]["l1_uncommon"] for function in (gold_kl, reference.loss))
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("empty", [{"b": 0}, {"t_s": 0}, {"t_t": 0}], ids=str)

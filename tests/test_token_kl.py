@@ -80,7 +80,7 @@ def test_gradcheck(reverse, topk):
     assert torch.autograd.gradcheck(lambda z: token_kl(z, teacher, mask.double(), **options), student.requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["token_kl", "token_kl_backward"])
+@pytest.mark.parametrize("name", ["token_kl", "token_kl_backward", "token_kl_"])
 def test_opcheck(name, backend):
     arguments = backends.OPS[name].example("cpu")
     if name == "token_kl":
@@ -123,6 +123,39 @@ def test_masked_rows_are_not_read(backend):
     student[rows], teacher[rows] = torch.nan, torch.nan
     loss, poisoned = run(token_kl, student, teacher, mask)
     assert loss.isfinite() and torch.equal(grad, poisoned) and not grad[rows].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    "options", [{}, {"vocab_topk": 20, "reverse": True}, {"vocab_topk": 20, "temperature": 2.0}], ids=str
+)
+def test_gradient_into_a_buffer_and_over_the_logits(options, dtype, backend):
+    student, teacher, mask = problem(v=53, dtype=dtype)
+    loss, right = run(token_kl, student, teacher, mask, **options)
+    buffer = torch.full_like(student, torch.nan)
+    again, grad = run(token_kl, student, teacher, mask, grad_buffer=buffer, **options)
+    assert grad.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(grad, right, rtol=1e-2 if dtype in HALF else 1e-5, atol=1e-7)
+    logits = student.clone().requires_grad_()
+    token_kl(logits, teacher, mask, n_tokens=3.0, grad_buffer=logits, **options).backward()
+    assert torch.equal(logits.grad, grad)
+
+
+def test_a_buffer_is_handed_over_once(backend):
+    student, teacher, mask = problem()
+    leaf, buffer = student.requires_grad_(), torch.empty_like(student)
+    loss = token_kl(leaf, teacher, mask, n_tokens=3.0, grad_buffer=buffer)
+    (3 * loss).backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, 3 * run(token_kl, student.detach(), teacher, mask)[1])
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+    buffer.fill_(1)
+    with torch.no_grad():
+        token_kl(leaf, teacher, mask, n_tokens=3.0, grad_buffer=buffer)
+    assert (buffer == 1).all()
+    with pytest.raises(ValueError, match="grad_buffer is"):
+        token_kl(leaf, teacher, mask, n_tokens=3.0, grad_buffer=buffer.double())
 
 
 def test_second_backward_and_upstream(backend):

@@ -1,14 +1,21 @@
 """gold_kl, loss and gradient, against eager PyTorch: half of the student's tokens have an exact partner.
 
 `eager` is the package's reference under autograd: two full log-softmaxes, chunk means, two `topk`.
+
+Tokens of equal probability may take each other's rank, and their gradients with it (bfloat16 logits are full of equals).
+What is held against float64 is therefore the gradient summed over each chunk's tokens of equal probability.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from benchmarks.cases import DTYPES as _DTYPES
 from benchmarks.cases import Case
-from benchmarks.distillation import in_parts, inputs, pairs, whole
+from benchmarks.distillation import aligned, in_parts, inputs, into_buffer, pairs, whole
 from chassis_kernels import gold_kl
+from chassis_kernels.chunks import layout
 from chassis_kernels.reference import gold_kl as reference
 
 DTYPES = tuple(_DTYPES)
@@ -33,18 +40,38 @@ def case(T: int, V_s: int, V_t: int, m: int, dtype: str) -> Case:
     def chassis(*given, **options):
         return gold_kl(*given, uncommon_topk=m, **options)[0]
 
+    def shared(student, teacher, projection, chunks):
+        return {"denominator": pairs(chunks)}
+
     return Case(
         "gold_kl",
         {"T": T, "V_s": V_s, "V_t": V_t, "m": m},
         dtype,
         inputs(T, V_s, V_t, 4, kind, EXACT),
-        lambda *given: whole(eager).prepare(*given)(),
+        lambda *given: by_probability(whole(eager).prepare(*given)(), *given),
         {
-            "eager": whole(eager),
-            "chassis": whole(chassis, op="gold_kl"),
-            "chunked": in_parts(eager, lambda student, teacher, projection, chunks: {"denominator": pairs(chunks)}),
-            "compile": whole(eager, compile_it=True),
+            "eager": whole(eager, read=by_probability),
+            "chassis": whole(chassis, read=by_probability, op="gold_kl"),
+            "chassis_reused": into_buffer(chassis, read=by_probability, op="gold_kl_"),
+            "chunked": in_parts(eager, shared, read=by_probability),
+            "compile": whole(eager, compile_it=True, read=by_probability),
         },
         flops=10 * T * (V_s + V_t),  # running maxima, exponentials, sums, means, gradient
         bytes=kind.itemsize * (2 * T * V_s + T * V_t),  # logits read once, gradient written once
     )
+
+
+def by_probability(output: tuple[Tensor, Tensor], student: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient with the tokens without a partner summed where a chunk gives them the same probability."""
+    loss, gradient = output
+    _, projection, chunks = aligned(*rest)
+    chunk_of = layout(chunks, None, False, torch.float32).student
+    alone = torch.ones(student.shape[2], dtype=torch.bool, device=student.device)
+    alone[projection.exact_map()[0]] = False
+    sums = [gradient[0][:, ~alone].double().flatten()]
+    for chunk in chunk_of[chunk_of >= 0].unique():
+        rows = chunk_of == chunk
+        values, group = student[0, rows][:, alone].double().sum(0).unique(return_inverse=True)
+        totals = values.new_zeros(len(values), int(rows.sum()))
+        sums.append(totals.index_add(0, group, gradient[0, rows][:, alone].T.double()).flatten())
+    return loss, torch.cat(sums)

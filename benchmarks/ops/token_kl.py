@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cases import DTYPES as _DTYPES
 from benchmarks.cases import Case, Provider, generator
-from benchmarks.distillation import PARTS, whole
+from benchmarks.distillation import PARTS, into_buffer, whole
 from chassis_kernels import token_kl
 from chassis_kernels.reference import token_kl as reference
 
@@ -39,11 +39,11 @@ def case(T: int, V: int, k: int, dtype: str) -> Case:
     def eager(student, teacher):
         return reference.loss(student, teacher, mask(student), vocab_topk=topk, n_tokens=float(T))
 
-    def chassis(student, teacher):
-        return token_kl(student, teacher, mask(student), vocab_topk=topk, n_tokens=float(T))
+    def chassis(student, teacher, **options):
+        return token_kl(student, teacher, mask(student), vocab_topk=topk, n_tokens=float(T), **options)
 
-    def step(loss, **options):
-        return whole(loss, given=lambda teacher: (teacher,), **options)
+    def others(teacher):
+        return (teacher,)
 
     def chunked(student, teacher):
         def run():
@@ -63,12 +63,13 @@ def case(T: int, V: int, k: int, dtype: str) -> Case:
         {"T": T, "V": V, "k": k},
         dtype,
         make,
-        lambda *given: step(eager).prepare(*given)(),
+        lambda *given: whole(eager, given=others).prepare(*given)(),
         {
-            "eager": step(eager),
-            "chassis": step(chassis, op="token_kl"),
+            "eager": whole(eager, given=others),
+            "chassis": whole(chassis, given=others, op="token_kl"),
+            "chassis_reused": into_buffer(chassis, given=others, op="token_kl_"),
             "chunked": Provider(chunked),
-            "compile": step(eager, compile_it=True),
+            "compile": whole(eager, given=others, compile_it=True),
         },
         flops=10 * T * k,  # running maxima, exponentials, sums, gradient
         bytes=kind.itemsize * T * (2 * V + k),  # all of the teacher and k columns of the student read, the gradient written

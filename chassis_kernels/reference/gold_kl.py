@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import COUNT_EPS, Chunks, chunk_means, layout, only
+from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, layout, only
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import counts, times
 from chassis_kernels.sparse import SparseProjection
@@ -41,25 +41,45 @@ def loss(
     op: Callable | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`chassis_kernels.gold_kl` with `op` as its kernel: the eager one below unless named."""
-    dtype = compute_dtype(student_logits, teacher_logits)
-    plan = layout(chunks, sample_mask, exact_only, dtype)
-    counted = plan.counted
-    number = counted.sum()
-    denominator = torch.as_tensor(number if denominator is None else denominator, dtype=dtype, device=counted.device)
-    student = student_logits.flatten(0, 1)
+    plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
+    options = float(temperature), uncommon_topk, reverse
+    arguments = op_arguments(student_logits, teacher_logits, projection, plan, relaxed, options)
+    return combine(*(op or gold_kl)(*arguments)[:3], plan, temperature, denominator)
+
+
+def op_arguments(student_logits, teacher_logits, projection, plan, relaxed, options) -> tuple:
+    """The arguments of the op, over flattened rows."""
     teacher = teacher_logits.detach()[..., : projection.n_teacher].flatten(0, 1)
-    ids = (only(rows, counted) for rows in (plan.student, plan.teacher))
+    ids = (only(rows, plan.counted) for rows in (plan.student, plan.teacher))
     pairs = projection.exact_map(relaxed=relaxed)
-    options = len(counted), float(temperature), uncommon_topk, reverse
-    common, l1, agree = (op or gold_kl)(student, teacher, *pairs, *ids, *options)[:3]
-    common, l1 = (part.sum() / denominator.clamp_min(1) for part in (common, l1))
+    return student_logits.flatten(0, 1), teacher, *pairs, *ids, len(plan.weight), *options
+
+
+def combine(
+    common: Tensor,  # [M]
+    l1: Tensor,  # [M]
+    agree: Tensor,  # [M]
+    plan: Layout,
+    temperature: float,
+    denominator: Tensor | float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its metrics from the chunks' parts."""
+    number, divisor = plan.counted.sum(), divide_by(plan, denominator)
+    common, l1 = common.sum() / divisor, l1.sum() / divisor
     metrics = {
         "kl_common": common.detach(),
         "l1_uncommon": l1.detach(),
-        "proj_accuracy": agree.to(dtype).sum() / number.clamp_min(1),
+        "proj_accuracy": agree.to(common.dtype).sum() / number.clamp_min(1),
         "num_valid_chunks": number,
     }
     return temperature**2 * (common + l1), metrics
+
+
+def divide_by(plan: Layout, denominator: Tensor | float | None) -> Tensor:
+    """D, [], at least 1."""
+    weight = plan.weight
+    given = plan.counted.sum() if denominator is None else denominator
+    return torch.as_tensor(given, dtype=weight.dtype, device=weight.device).clamp_min(1)
 
 
 @without_autocast

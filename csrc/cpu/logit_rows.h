@@ -40,6 +40,20 @@ inline void stream(bf16* p, vf v) {
 #if defined(__AVX512F__)
 inline void stream(fp16* p, vf v) { _mm256_stream_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
 #endif
+// memcpy past the caches.
+inline void stream_bytes(const void* from, void* to, size_t n) {
+#if defined(__AVX2__)
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  const size_t head = std::min<size_t>(n, -reinterpret_cast<uintptr_t>(target) % 32), whole = (n - head) / 32 * 32;
+  std::memcpy(target, source, head);
+  for (size_t i = head; i < head + whole; i += 32)
+    _mm256_stream_si256((__m256i*)(target + i), _mm256_loadu_si256((const __m256i*)(source + i)));
+  std::memcpy(target + head + whole, source + head + whole, n - head - whole);
+#else
+  std::memcpy(to, from, n);
+#endif
+}
 inline void fence() {
 #if defined(__AVX2__)
   _mm_sfence();

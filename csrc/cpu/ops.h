@@ -93,6 +93,12 @@ struct TokenKL {
   float temperature;
   bool reverse;
 };
+// kl [N] where it is there; the gradient of sum weight[i] kl[i] where grad is there, which may be the student logits themselves.
+struct TokenKLResult {
+  float* kl;
+  const float* weight;
+  Matrix grad;
+};
 
 // student [N_s, V_s] and teacher [N_t, V_t] logits, the mapped tokens (one to one), and the chunk of every row (-1: none).
 struct GoldKL {
@@ -104,9 +110,13 @@ struct GoldKL {
   float temperature;
   bool reverse;
 };
+// common, l1 and agree [chunks], all or none; the gradient of sum weight_common[c] common[c] + weight_l1[c] l1[c] where grad is
+// there, which may be the student logits themselves.
 struct GoldKLResult {
   float *common, *l1;
   bool* agree;
+  const float *weight_common, *weight_l1;
+  Matrix grad;
 };
 
 // The table by base token (start [n_base + 1], rows, weights) and by row (row_sum, spread); logits [N, >= width] for its
@@ -142,8 +152,7 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
   void linear_projection_kl(const LinearProjectionKL& args, const LinearProjectionKLResult& out);                \
   void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
-  void token_kl(const TokenKL& args, float* kl);                                                                 \
-  void token_kl_backward(const TokenKL& args, const float* weight, const Matrix& grad);                          \
+  void token_kl(const TokenKL& args, const TokenKLResult& out);                                                  \
   void gold_kl(const GoldKL& args, const GoldKLResult& out);                                                     \
   void gold_kl_backward(const GoldKL& args, const float* weight_common, const float* weight_l1, const Matrix& grad);  \
   void bridge_project(const BridgeProject& args, const BridgeProjectResult& out);

@@ -22,10 +22,11 @@ struct Side {
   explicit Side(int64_t k) : scratch(2, k), x(scratch.row(0)), e(scratch.row(1)) {}
 
   template <class T>
-  void read(const T* z, const int64_t* columns, int64_t k, float inverse) {
+  void read(const T* z, const std::vector<int32_t>& columns, int64_t k, float inverse) {
     vf top = splat(-FLT_MAX);
-    if (columns) {
-      for (int64_t j = 0; j < k; ++j) x[j] = to_float(z[columns[j]]);
+    if (!columns.empty()) {
+      const int32_t* at = columns.data();
+      for (int64_t j = 0; j < k; ++j) x[j] = to_float(z[at[j]]);
     } else {
       int64_t j = 0;
       for (; j + kLanes <= k; j += kLanes) store(x + j, load(z + j));
@@ -45,17 +46,31 @@ struct Side {
   }
 };
 
+template <class T>
 struct Worker {
   const TokenKL& in;
+  const TokenKLResult& out;
+  const std::vector<int32_t>& columns;
   const float inverse = 1 / in.temperature;
   Side student{in.k}, teacher{in.k};
   std::vector<float> gradient = std::vector<float>(student.scratch.stride);
+  std::vector<T> line = std::vector<T>(columns.empty() ? 0 : in.student.cols);  // a row of the gradient, 0 outside J
 
-  void read(int64_t row) {
-    with_type(in.student, [&](auto* z) { student.read(z + row * in.student.stride, in.columns, in.k, inverse); });
-    with_type(in.teacher, [&](auto* z) { teacher.read(z + row * in.teacher.stride, in.columns, in.k, inverse); });
+  void row(int64_t i) {
+    T* to = static_cast<T*>(out.grad.data) + i * out.grad.stride;
+    const bool kept = !in.keep || in.keep[i];
+    const float weight = out.weight && kept ? out.weight[i] : 0;
+    if (out.kl) out.kl[i] = 0;
+    if (out.grad.data && weight == 0) std::memset(to, 0, in.student.cols * sizeof *to);
+    if (!kept || (!out.kl && weight == 0)) return;
+    student.read(static_cast<const T*>(in.student.data) + i * in.student.stride, columns, in.k, inverse);
+    with_type(in.teacher, [&](auto* z) { teacher.read(z + i * in.teacher.stride, columns, in.k, inverse); });
+    const float kl = out.kl || in.reverse ? value() : 0;
+    if (out.kl) out.kl[i] = kl;
+    if (weight != 0) write(to, weight * inverse, kl);
   }
 
+ private:
   float value() const {
     const Side &from = in.reverse ? student : teacher, &to = in.reverse ? teacher : student;
     const double shift = double(to.lse) - from.lse;
@@ -66,60 +81,39 @@ struct Worker {
     return float(kl + shift);
   }
 
-  template <class T>
-  void write(T* out, float weight) {
-    const float factor = weight * inverse, kl = in.reverse ? value() : 0, shift = teacher.lse - student.lse - kl;
-    for (int64_t j = 0; j < student.scratch.stride; j += kLanes) {
-      vf p = load(student.e + j) * student.scale, g;
-      if (in.reverse) g = p == vf{} ? p : p * (load(student.x + j) - load(teacher.x + j) + shift);
-      else g = p - load(teacher.e + j) * teacher.scale;
-      store(gradient.data() + j, g * factor);
+  void write(T* to, float factor, float kl) {
+    const float shift = teacher.lse - student.lse - kl;
+    auto slope = [&](int64_t j) {
+      vf p = load(student.e + j) * student.scale;
+      if (in.reverse) return (p == vf{} ? p : p * (load(student.x + j) - load(teacher.x + j) + shift)) * factor;
+      return (p - load(teacher.e + j) * teacher.scale) * factor;
+    };
+    for (int64_t j = 0; j < student.scratch.stride; j += kLanes) store(gradient.data() + j, slope(j));
+    if (columns.empty()) {
+      int64_t j = 0;
+      for (; j < in.k && reinterpret_cast<uintptr_t>(to + j) % 64; ++j) from_float(gradient[j], to[j]);
+      for (; j + kLanes <= in.k; j += kLanes) stream(to + j, load(gradient.data() + j));
+      for (; j < in.k; ++j) from_float(gradient[j], to[j]);
+      std::memset(to + in.k, 0, (in.student.cols - in.k) * sizeof *to);
+    } else {
+      for (int64_t j = 0; j < in.k; ++j) from_float(gradient[j], line[columns[j]]);
+      stream_bytes(line.data(), to, in.student.cols * sizeof *to);
     }
-    if (in.columns) {
-      std::memset(out, 0, in.student.cols * sizeof *out);
-      for (int64_t j = 0; j < in.k; ++j) from_float(gradient[j], out[in.columns[j]]);
-      return;
-    }
-    int64_t j = 0;
-    for (; j + kLanes <= in.k; j += kLanes) store_rounded(out + j, load(gradient.data() + j));
-    for (; j < in.k; ++j) from_float(gradient[j], out[j]);
-    std::memset(out + in.k, 0, (in.student.cols - in.k) * sizeof *out);
   }
 };
 
 }  // namespace
 
-void token_kl(const TokenKL& in, float* kl) {
+void token_kl(const TokenKL& in, const TokenKLResult& out) {
+  const std::vector<int32_t> columns(in.columns, in.columns ? in.columns + in.k : nullptr);
+  if (!out.kl) prefer_large_pages(out.grad);
 #pragma omp parallel
-  {
-    Worker worker{in};
+  with_type(in.student, [&](auto* z) {
+    Worker<std::remove_pointer_t<decltype(z)>> worker{in, out, columns};
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < in.student.rows; ++row) {
-      kl[row] = 0;
-      if (in.keep && !in.keep[row]) continue;
-      worker.read(row);
-      kl[row] = worker.value();
-    }
-  }
-}
-
-void token_kl_backward(const TokenKL& in, const float* weight, const Matrix& grad) {
-  prefer_large_pages(grad);
-#pragma omp parallel
-  {
-    Worker worker{in};
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < in.student.rows; ++row)
-      with_type(grad, [&](auto* out) {
-        out += row * grad.stride;
-        if ((in.keep && !in.keep[row]) || weight[row] == 0) {
-          std::memset(out, 0, grad.cols * sizeof *out);
-          return;
-        }
-        worker.read(row);
-        worker.write(out, weight[row]);
-      });
-  }
+    for (int64_t i = 0; i < in.student.rows; ++i) worker.row(i);
+    fence();
+  });
 }
 
 }  // namespace CHASSIS_ISA
