@@ -111,15 +111,15 @@ def test_a_peer_that_is_missing_or_does_not_apply_says_why(monkeypatch):
 
 def test_a_backend_of_a_gpu_is_a_provider_of_its_own(monkeypatch):
     case = cases("token_kl", "tiny")[0]
-    for name in ("token_kl", "token_kl_backward", "top_columns"):
+    for name in ("token_kl", "token_kl_", "token_kl_backward", "top_columns"):
         implementations = measure.OPS[name].implementations
-        monkeypatch.setitem(implementations, "triton", implementations["reference"])
+        monkeypatch.setitem(implementations, "cuda", implementations["reference"])
     assert measure.with_backends(case.providers, "cpu") == case.providers
     providers = measure.with_backends(case.providers, "cuda")
-    assert set(providers) - set(case.providers) == {"chassis[triton]"}
-    *_, failures = measure.gate(replace(case, providers=providers), ["eager", "chassis[triton]"], case.make(CPU))
-    status, reason = failures["chassis[triton]"]
-    assert status == "skipped" and "not on a GPU" in reason
+    assert set(providers) - set(case.providers) >= {"chassis[cuda]", "chassis_reused[cuda]"}
+    *_, failures = measure.gate(replace(case, providers=providers), ["eager", "chassis[cuda]"], case.make(CPU))
+    status, reason = failures["chassis[cuda]"]
+    assert status == "skipped" and "'cuda' was asked for" in reason
 
 
 @pytest.mark.parametrize("op", ["projection_kl", "gold_kl", "token_kl"])
