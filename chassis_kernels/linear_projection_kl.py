@@ -19,7 +19,7 @@ from chassis_kernels.reference import linear_projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.reference.projection_kl import DIVERGENCES, chunk_weights, stats, weighted_sum
 from chassis_kernels.sparse import SparseProjection, take_columns
-from chassis_kernels.teacher import Operands, Teacher, check_teacher, operands
+from chassis_kernels.teacher import Operands, Teacher, logits_shaped, operands
 
 BLOCK_ROWS = (96, 240)  # whose logits exist at a time: at least, at most; between them a fifth of all rows
 RESTRICT_BELOW = 0.9  # share of touched rows of W from which on leaving out the others does not pay
@@ -82,10 +82,9 @@ def linear_projection_kl(
 
     Raises ValueError for shapes, dtypes or ids that do not fit.
     """
-    positions = check_teacher(teacher, projection.n_teacher)
     _check_head(student_hidden, student_weight, student_bias, student_softcap, projection.n_student)
-    student = _shaped(student_hidden, *student_hidden.shape[:2], projection.n_student)
-    given = teacher if isinstance(teacher, Tensor) else _shaped(teacher[0], *positions, projection.n_teacher)
+    student = student_hidden.new_empty(()).expand(*student_hidden.shape[:2], projection.n_student)  # the logits' shape
+    given = logits_shaped(teacher, projection.n_teacher)
     check_chunks(student, given, projection.shape, chunks, sample_mask)
     logits_loss._check(given, projection, temperature, vocab_topk, divergence, column_mask, columns)
     logits_loss._check_labels(student, projection.n_student, labels, label_weight)
@@ -193,11 +192,6 @@ def _restricted(found: Operands, size: int, plan: Layout, restrict: bool | None,
         return None, view
     place[ids] = torch.arange(len(ids), device=device)
     return ids, view._replace(rows=place[view.rows.long()].to(view.rows.dtype))
-
-
-def _shaped(like: Tensor, *shape: int) -> Tensor:
-    """A stand-in for logits that are not made: their shape, dtype and device without their memory."""
-    return like.new_empty(()).expand(shape)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, size: int) -> None:

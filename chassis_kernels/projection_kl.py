@@ -17,7 +17,8 @@ from chassis_kernels.parallel.next_token import next_token_nll
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.reference.projection_kl import DIVERGENCES, ProjectionKLStats
-from chassis_kernels.sparse import SparseProjection
+from chassis_kernels.sparse import ProjectionView, SparseProjection
+from chassis_kernels.teacher import Teacher, logits_shaped, operands
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor start, Tensor rows, Tensor weights, Tensor columns, Tensor student_chunk, "
@@ -28,7 +29,7 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 def projection_kl(
     student_logits: Tensor,  # [B, T_s, >= V_s]
-    teacher_logits: Tensor,  # [B, T_t, >= V_t]
+    teacher_logits: Teacher,  # [B, T_t, >= V_t], or a TeacherHead or TopK of as many positions
     projection: SparseProjection,  # [V_s, V_t]
     chunks: Chunks,
     *,
@@ -65,8 +66,9 @@ def projection_kl(
 
     Raises ValueError for shapes, dtypes or ids that do not fit. Method: "x-token" distillation, projection of chunk means.
     """
-    check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask, parallel)
-    _check(teacher_logits, projection, temperature, vocab_topk, divergence, column_mask, columns)
+    shaped = logits_shaped(teacher_logits, projection.n_teacher)
+    check_chunks(student_logits, shaped, projection.shape, chunks, sample_mask, parallel)
+    _check(shaped, projection, temperature, vocab_topk, divergence, column_mask, columns)
     _check_labels(student_logits, projection.n_student, labels, label_weight)
     options = {
         "temperature": temperature,
@@ -81,6 +83,15 @@ def projection_kl(
         "labels": labels,
         "label_weight": label_weight,
     }
+    if not isinstance(teacher_logits, Tensor):
+        if parallel.sharded:
+            raise ValueError("parallel takes a teacher's logits: a TeacherHead or TopK is not spread over ranks")
+        chosen = {name: options[name] for name in ("temperature", "tail", "column_mask", "columns")}
+        found = operands(teacher_logits, projection.columns, vocab_topk, **chosen)
+        compact = found.logits.unflatten(0, shaped.shape[:2]), ProjectionView(found.view, projection.n_student)
+        options |= {"columns": found.places, "column_mask": None, "grad_buffer": grad_buffer}
+        loss, stats = projection_kl(student_logits, *compact, chunks, **options)
+        return loss, stats._replace(columns=found.columns)
     if parallel.sharded:
         if grad_buffer is not None:
             raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")

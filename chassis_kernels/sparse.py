@@ -20,6 +20,21 @@ class ColumnView(NamedTuple):
     weights: Tensor  # [nnz] float32 or float64
 
 
+class ProjectionView(NamedTuple):
+    """As much of a SparseProjection as the losses read, for instance of the columns that they compare."""
+
+    columns: ColumnView
+    n_student: int
+
+    @property
+    def n_teacher(self) -> int:
+        return len(self.columns.start) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_student, self.n_teacher
+
+
 class Edges(NamedTuple):
     """Entries of a projection within a column set J, by (row, position in J)."""
 

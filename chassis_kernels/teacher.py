@@ -117,6 +117,14 @@ def compact(
     return Compact(columns, logits)
 
 
+def logits_shaped(teacher: Teacher, n_teacher: int) -> Tensor:
+    """The teacher's logits or, after `check_teacher`, a tensor of their shape, dtype and device without their memory."""
+    if isinstance(teacher, Tensor):
+        return teacher
+    positions = check_teacher(teacher, n_teacher)
+    return teacher[0].new_empty(()).expand(*positions, n_teacher)
+
+
 def check_teacher(teacher: Teacher, n_teacher: int) -> tuple[int, int]:
     """(B, T_t) of a teacher; ValueError, naming the numbers, for shapes, dtypes or ids that do not fit."""
     if isinstance(teacher, TeacherHead):
@@ -144,7 +152,7 @@ def check_teacher(teacher: Teacher, n_teacher: int) -> tuple[int, int]:
     if not isinstance(teacher, Tensor):
         raise ValueError(f"the teacher is a {type(teacher).__name__}: give logits, a TeacherHead or a TopK")
     if teacher.dim() != 3 or teacher.shape[2] < n_teacher:
-        raise ValueError(f"teacher_logits has shape {tuple(teacher.shape)}, expected [B, T, >= {n_teacher}]")
+        raise ValueError(f"logits have shape {tuple(teacher.shape)}, expected [B, T, >= {n_teacher}]")
     return teacher.shape[:2]
 
 

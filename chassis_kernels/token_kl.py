@@ -11,6 +11,7 @@ from chassis_kernels.parallel import token_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import token_kl as reference
 from chassis_kernels.reference.precision import compute_dtype
+from chassis_kernels.teacher import Teacher, compact, logits_shaped
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? columns, Tensor? keep, float temperature, bool reverse"
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -18,7 +19,7 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 def token_kl(
     student_logits: Tensor,  # [B, T, V]
-    teacher_logits: Tensor,  # [B, T, >= V]
+    teacher_logits: Teacher,  # [B, T, >= V]; with vocab_topk also a TeacherHead or TopK
     mask: Tensor,  # [B, T] weights
     *,
     temperature: float = 1.0,
@@ -43,7 +44,15 @@ def token_kl(
 
     Raises ValueError for shapes and dtypes that do not fit.
     """
-    _check(student_logits, teacher_logits, mask, temperature, vocab_topk, column_mask, parallel)
+    shaped = logits_shaped(teacher_logits, parallel.head(student_logits))
+    _check(student_logits, shaped, mask, temperature, vocab_topk, column_mask, parallel)
+    if not isinstance(teacher_logits, Tensor):
+        if vocab_topk is None or parallel.sharded:
+            missing = "vocab_topk" if vocab_topk is None else "logits that are not spread over ranks"
+            raise ValueError(f"a {type(teacher_logits).__name__} needs {missing}: give the teacher's logits")
+        columns, found = compact(teacher_logits, student_logits.shape[-1], vocab_topk, column_mask=column_mask)
+        options = {"temperature": temperature, "reverse": reverse, "n_tokens": n_tokens}
+        return token_kl(student_logits.index_select(-1, columns), found, mask, **options)
     if parallel.sharded:
         if grad_buffer is not None:
             raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")

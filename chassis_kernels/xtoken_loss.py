@@ -13,7 +13,9 @@ from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.projection_kl import cross_entropy, projection_kl
 from chassis_kernels.reference import xtoken_loss as reference
+from chassis_kernels.reference.teacher import logits as teacher_logits
 from chassis_kernels.reference.xtoken_loss import TeacherBatch
+from chassis_kernels.teacher import check_teacher
 from chassis_kernels.token_kl import token_kl
 from chassis_kernels.xtoken_config import XTokenConfig
 
@@ -63,8 +65,26 @@ def xtoken_loss(
             dist.all_reduce(total, group=group)
         return total
 
+    if eager:
+        teachers = [_with_logits(t, its.vocab_size) for t, its in zip(teachers, config.teachers, strict=True)]
     kernels = reference.EAGER if eager else reference.Kernels(projection_kl, gold_kl, token_kl, cross_entropy)
     return reference.compose(student_logits, config, student, teachers, kernels, group_sum, parallel)
+
+
+def _with_logits(teacher: TeacherBatch, size: int) -> TeacherBatch:
+    return teacher if isinstance(teacher.logits, Tensor) else teacher._replace(logits=teacher_logits(teacher.logits, size))
+
+
+def _needs_logits(config: XTokenConfig, i: int, parallel: Parallel) -> str:
+    """What in the configuration reads more of teacher i than its largest columns; empty: nothing."""
+    for name in ("averaged_logits", "select_teacher"):
+        if config.kd_loss_mode == name:
+            return f"kd_loss_mode={name!r}"
+    if config.sum_weights_metric is not None:
+        return f"sum_weights_metric={config.sum_weights_metric!r}"
+    if config.uses_gold(i) and not config.teachers[i].same_tokenizer:
+        return "gold_loss"
+    return "parallel" if parallel.sharded else ""
 
 
 def _check(logits, teachers, config, input_ids, token_mask, sample_mask, labels, parallel) -> None:
@@ -81,17 +101,22 @@ def _check(logits, teachers, config, input_ids, token_mask, sample_mask, labels,
     if len(teachers) != len(config.teachers):
         raise ValueError(f"{len(teachers)} teachers given, but the configuration names {len(config.teachers)}")
     for i, (teacher, its) in enumerate(zip(teachers, config.teachers, strict=True)):
-        if teacher.logits.dim() != 3 or teacher.logits.shape[2] < its.vocab_size:
-            shape = tuple(teacher.logits.shape)
-            raise ValueError(f"teacher {i}: logits have shape {shape}, expected [B, T, >= {its.vocab_size}]")
+        try:
+            positions = check_teacher(teacher.logits, its.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"teacher {i}: {error}") from None
+        whole = _needs_logits(config, i, parallel)
+        if whole and not isinstance(teacher.logits, Tensor):
+            kind = type(teacher.logits).__name__
+            raise ValueError(f"teacher {i} is a {kind}, but {whole} needs its logits over the whole vocabulary: give those")
         scored = config.kd_loss_mode == "select_teacher" or config.sum_weights_metric == "ce"
         if scored and split and teacher.input_ids is not None and teacher.labels is None:
             raise ValueError(f"teacher {i} is scored on its own tokens, of which this rank has a part: it needs labels")
         if its.same_tokenizer:
-            if teacher.logits.shape[:2] != logits.shape[:2]:
+            if tuple(positions) != logits.shape[:2]:
                 raise ValueError(
-                    f"teacher {i} shares the student's tokenizer, but its logits have shape {tuple(teacher.logits.shape)}, "
-                    f"the student's {tuple(logits.shape)}"
+                    f"teacher {i} shares the student's tokenizer, but has {tuple(positions)} positions and the student "
+                    f"{tuple(logits.shape[:2])}"
                 )
             continue
         if teacher.projection is None or teacher.chunks is None:

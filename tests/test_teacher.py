@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import LiveMemory
 
+from chassis_kernels import Chunks, TeacherBatch, TeacherConfig, XTokenConfig, projection_kl, token_kl, xtoken_loss
 from chassis_kernels import teacher as module
 from chassis_kernels.reference import teacher as reference
 from chassis_kernels.reference.projection_kl import top_columns
@@ -123,6 +124,98 @@ def test_columns_of_a_projection_can_be_taken_out():
         entries = slice(int(view.start[j]), int(view.start[j + 1]))
         dense[:, j].index_add_(0, view.rows[entries].long(), view.weights[entries])
     torch.testing.assert_close(dense, projection.dense()[:, columns])
+
+
+def aligned(b=2, t=5, v_s=30, v_t=40, c=4):
+    """Student logits, a projection and chunks for `make`'s teachers."""
+    g = torch.Generator().manual_seed(1)
+    projection = SparseProjection(torch.randint(-1, v_t, (v_s, 3), generator=g), torch.rand(v_s, 3, generator=g), v_t)
+    ids = [torch.randint(-1, c, (b, t), generator=g) for _ in range(2)]
+    return 2 * torch.randn(b, t, v_s, generator=g), projection, Chunks(*ids, torch.ones(b, c, dtype=torch.bool))
+
+
+def gradient(loss_of, student):
+    leaf = student.detach().clone().requires_grad_()
+    loss = loss_of(leaf)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("form", ["head", "top-k"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_projection_kl_takes_any_form(form, divergence, tail):
+    teacher, (student, projection, chunks) = make(form), aligned()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    labels = torch.full((2, 5), 7)
+    options = {
+        "divergence": divergence,
+        "tail": tail,
+        "temperature": 2.0,
+        "vocab_topk": 12,
+        "column_mask": mask,
+        "labels": labels,
+    }
+    found, stats = projection_kl(student, teacher, projection, chunks, **options)
+    want, other = projection_kl(student, reference.logits(teacher, 40), projection, chunks, **options)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(stats.columns, other.columns) and stats.accuracy == other.accuracy
+    torch.testing.assert_close(stats.nll, other.nll)
+    grads = [
+        gradient(lambda z, t=t, b=buffer: projection_kl(z, t, projection, chunks, **options, **b)[0], student)[1]
+        for t in (teacher, reference.logits(teacher, 40))
+        for buffer in ({}, {"label_weight": torch.zeros(2, 5), "grad_buffer": torch.empty_like(student)})
+    ]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["head", "top-k"])
+def test_token_kl_takes_any_form_within_its_top_columns(form):
+    teacher, student = make(form), aligned(v_s=40)[0]
+    mask, options = torch.ones(2, 5), {"temperature": 2.0, "n_tokens": 10}
+    full = reference.logits(teacher, 40)
+    for reverse in (False, True):
+        (loss, grad), (want, right) = (
+            gradient(lambda z, t=t, r=reverse: token_kl(z, t, mask, vocab_topk=9, reverse=r, **options), student)
+            for t in (teacher, full)
+        )
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, right, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="needs vocab_topk"):
+        token_kl(student, teacher, mask, **options)
+
+
+@pytest.mark.parametrize("form", ["head", "top-k"])
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_xtoken_loss_takes_any_form(form, same, eager):
+    size = 40 if same else 30
+    student, projection, chunks = aligned(v_s=size)
+    teacher, given = make(form), () if same else (projection, chunks)
+    config = XTokenConfig(size, (TeacherConfig(40, same_tokenizer=same),), vocab_topk=11)
+    rest = {"input_ids": torch.full((2, 5), 3), "token_mask": torch.ones(2, 5)}
+    batches = [TeacherBatch(t, *given) for t in (teacher, reference.logits(teacher, 40))]
+    losses = [xtoken_loss(student, [batch], config, **rest, eager=eager)[0] for batch in batches]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"gold_loss": True}, "gold_loss"),
+        ({"kd_loss_mode": "select_teacher"}, "kd_loss_mode='select_teacher'"),
+        ({"kd_loss_mode": "averaged_logits"}, "kd_loss_mode='averaged_logits'"),
+        ({"sum_weights_metric": "entropy"}, "sum_weights_metric='entropy'"),
+    ],
+)
+def test_xtoken_loss_names_what_needs_whole_logits(options, named):
+    student, projection, chunks = aligned()
+    config = XTokenConfig(30, (TeacherConfig(40),), **options)
+    rest = {"input_ids": torch.full((2, 5), 3), "token_mask": torch.ones(2, 5)}
+    for form, kind in (("head", "TeacherHead"), ("top-k", "TopK")):
+        with pytest.raises(ValueError, match=f"teacher 0 is a {kind}, but {named} needs"):
+            xtoken_loss(student, [TeacherBatch(make(form), projection, chunks)], config, **rest)
 
 
 @pytest.mark.parametrize(

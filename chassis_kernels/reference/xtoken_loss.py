@@ -19,6 +19,7 @@ from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl, projection_kl, token_kl
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import SparseProjection
+from chassis_kernels.teacher import Teacher
 from chassis_kernels.xtoken_config import XTokenConfig
 
 Metrics = dict[str, Tensor]
@@ -37,9 +38,12 @@ EAGER = Kernels(projection_kl.loss)
 
 
 class TeacherBatch(NamedTuple):
-    """One teacher's logits of a micro-batch and what is needed to use them. Same tokenizer: logits alone will do."""
+    """One teacher's logits of a micro-batch and what is needed to use them. Same tokenizer: logits alone will do.
 
-    logits: Tensor  # [B, T_t, >= V_t]
+    In place of logits a TeacherHead or TopK, where only the teacher's largest columns enter: P-KL and same-tokenizer KL.
+    """
+
+    logits: Teacher  # [B, T_t, >= V_t]
     projection: SparseProjection | None = None
     chunks: Chunks | None = None
     input_ids: Tensor | None = None  # [B, T_t]; None: the student's
