@@ -14,15 +14,20 @@ from safetensors.torch import save_file
 from chassis.errors import ChassisError
 
 
-def write_file(path: str | Path, content: str | bytes | dict[str, torch.Tensor]) -> Path:
-    """Write text, bytes or a safetensors dict to a temporary neighbour, flush it to disk, then rename it into place."""
+def write_file(
+    path: str | Path, content: str | bytes | dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None
+) -> Path:
+    """Write text, bytes or a safetensors dict to a temporary neighbour, flush it to disk, then rename it into place.
+
+    `metadata` goes into the header of a safetensors file.
+    """
     path = Path(path)
     ensure_writable(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         if isinstance(content, dict):
-            save_file(content, temporary, metadata={"format": "pt"})
+            save_file(content, temporary, metadata={"format": "pt"} | (metadata or {}))
         else:
             Path(temporary).write_bytes(content.encode() if isinstance(content, str) else content)
         with open(temporary, "rb") as file:
