@@ -1,4 +1,4 @@
-# make demo | test | bench [OP=name] | gpu-check | doctor | lint | clean
+# make demo | demo-distill | test | bench [OP=name] | gpu-check | doctor | lint | clean
 # Each target sets up .venv the first time, and brings it up to date when the files below change.
 # PYTHON=python3.12 picks the interpreter, ARGS="..." is handed on to the command.
 
@@ -14,11 +14,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: demo test bench gpu-check doctor lint clean
+.PHONY: demo demo-distill test bench gpu-check doctor lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.built
 	@$(BIN)/chassis demo $(ARGS)
+
+demo-distill: $(VENV)/.built
+	@$(BIN)/chassis demo-distill $(ARGS)
 
 test: $(VENV)/.built
 	@$(BIN)/python -m pytest $(ARGS)
