@@ -168,6 +168,7 @@ backends.register(
     fake=_fake,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("bridge_project", "bridge_project"),
 )
 torch.library.register_autograd(
     "chassis::bridge_project", _no_gradient, setup_context=lambda ctx, inputs, output: None, lib=backends.library

@@ -1,5 +1,6 @@
 """bridge_project: every backend against the definition in float64; what it does with -inf, tails and blocked tokens."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import rerun_on
+from support import far_apart, rerun_on
 
 from chassis_kernels import BlockedTokens, BridgeTable, backends, bridge_project
 from chassis_kernels.reference import bridge_project as reference
@@ -30,10 +31,8 @@ class Problem(NamedTuple):
     options: dict
 
     def to(self, dtype):
-        cast = {
-            n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in self.options.items()
-        }
-        return Problem(None if self.logits is None else self.logits.to(dtype), self.table, cast)
+        floats = {name: self.options[name].to(dtype) for name in ("log_probs", "log_weight") if name in self.options}
+        return Problem(None if self.logits is None else self.logits.to(dtype), self.table, self.options | floats)
 
 
 def make_table(rows, v_b, entries=2, n_expert=None, seed=0, unmapped=0.2):
@@ -52,9 +51,7 @@ def problem(n=5, v_e=50, v_b=40, entries=2, listed=0, dense=True, blocked=False,
     table = make_table(v_e + 4, v_b, entries, v_e, seed)
     logits = scale * torch.randn(n, v_e + extra, generator=g) if dense else None
     if listed or not dense:
-        options["log_probs"] = (
-            torch.log_softmax(torch.randn(n, listed, generator=g), 1) - math.log(3) if listed else (torch.empty(n, 0))
-        )
+        options["log_probs"] = torch.log_softmax(torch.randn(n, listed, generator=g), 1) - math.log(3)
         options["ids"] = torch.randint(-1, v_e + 4, (n, listed), generator=g)
         if dense:
             options["log_weight"] = -torch.rand(n, generator=g) - math.log(2)
@@ -75,7 +72,7 @@ def double(p):
 
 
 def check(p):
-    """At most twice the error of the eager expression, relative to each row's largest probability; Σ q = mass."""
+    """At most twice eager's error and eight roundings of float32, relative to 1 + |value|; Σ q = mass."""
     found, right = bridge_project(p.logits, p.table, **p.options), double(p)
     with backends.use_backend("reference"):
         eager = bridge_project(p.logits, p.table, **p.options)
@@ -86,8 +83,9 @@ def check(p):
         where = big if mine.dim() == 2 else torch.ones_like(true, dtype=torch.bool)
         mine, theirs, true = (t.double()[where] for t in (mine, theirs, true))
         unit = 1 + true.abs()
-        limit = 2 * ((theirs - true).abs() / unit).max() + 1e-6 if len(true) else 0
-        assert not len(true) or ((mine - true).abs() / unit).max() <= limit
+        if len(true):
+            limit = 2 * ((theirs - true).abs() / unit).max() + 8 * torch.finfo(torch.float32).eps
+            assert ((mine - true).abs() / unit).max() <= limit
     total = torch.where(right.mass > 0, 1.0, 0.0) if p.options.get("normalize") else found.mass.double()
     if p.table.n_base:
         torch.testing.assert_close(found.log_q.double().exp().sum(1), total.double(), rtol=0, atol=1e-6)
@@ -180,10 +178,10 @@ def test_wide_vocabularies(shape, dtype, backend):
 
 
 def test_identity_table_gives_the_expert_back(backend):
-    """M = 1: q is softmax(z) to the rounding of the two exponentials and the logarithm."""
+    """M = 1: q is softmax(z) to the rounding of the two exponentials and the logarithm. Logits beyond the table are cut."""
     logits = 3 * torch.randn(20, 333, generator=torch.Generator().manual_seed(0))
     table = BridgeTable(torch.arange(334), torch.arange(333), torch.ones(333), 333)
-    found = bridge_project(logits, table)
+    found = bridge_project(torch.cat([logits, torch.full((20, 9), 70.0)], 1), table)
     torch.testing.assert_close(found.log_q, torch.log_softmax(logits, 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.mass, torch.ones(20), rtol=0, atol=5e-7)
     assert not found.uncertainty.any()
@@ -191,8 +189,7 @@ def test_identity_table_gives_the_expert_back(backend):
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_large_offsets(offset, backend):
-    p = problem(seed=2)
-    check(p._replace(logits=p.logits + offset))
+    check(problem(seed=2)._replace(logits=problem(seed=2).logits + offset))
 
 
 def test_minus_infinity(backend):
@@ -266,8 +263,7 @@ def test_listed_and_dense_parts_add_up(backend):
     )
     nothing = torch.full((5,), -torch.inf)
     alone = bridge_project(p.logits, p.table, **p.options | {"log_weight": nothing})
-    torch.testing.assert_close(alone.log_q, listed.log_q)
-    torch.testing.assert_close(alone.mass, listed.mass)
+    torch.testing.assert_close(alone, listed)
 
 
 def test_positions_inside_a_token_condition_on_its_first_bytes(backend):
@@ -307,29 +303,29 @@ def test_empty_inputs(empty, backend):
 
 
 def test_empty_table(backend):
-    nothing = BridgeTable(torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), 0)
-    found = bridge_project(torch.empty(3, 0), nothing)
+    found = bridge_project(torch.empty(3, 0), BridgeTable(torch.tensor([0]), torch.tensor([]).long(), torch.tensor([]), 0))
     assert found.log_q.shape == (3, 0) and not found.mass.any() and (found.uncertainty == 1).all()
 
 
-def test_logits_wider_than_the_table_are_cut(backend):
-    p = problem(extra=0)
-    wide = torch.cat([p.logits, torch.full((5, 9), 70.0)], 1)
-    for narrow, padded in zip(bridge_project(p.logits, p.table), bridge_project(wide, p.table), strict=True):
-        assert torch.equal(narrow, padded)
-
-
-def test_threads_and_neighbours_do_not_change_a_bit(backend):
+def test_threads_do_not_change_a_bit(backend):
     p = problem(70, 900, 800, listed=3, blocked=True)
     before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(bridge_project(p.logits, p.table, **p.options))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(bridge_project(p.logits, p.table, **p.options))
+    torch.set_num_threads(before)
     if backend == "cpu":
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
+def test_rows_far_apart_are_reached():
+    """Offsets past 2^31."""
+    p = problem(20, 40, 30)
+    for few in (3, 20):
+        apart = bridge_project(far_apart(p.logits[:few]), p.table)
+        for a, b in zip(apart, bridge_project(p.logits[:few], p.table), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_opcheck(backend):
@@ -348,24 +344,18 @@ def test_compiled_without_graph_breaks(backend):
     torch._dynamo.reset()
     p = problem()
     p.table.columns, p.table.row_sum, p.table.spread  # noqa: B018 - built once per table, outside the graph
-
-    def step(logits):
-        return bridge_project(logits, p.table, temperature=1.5)
-
+    step = functools.partial(bridge_project, table=p.table, temperature=1.5)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (5, 3):
         for a, b in zip(step(p.logits[:rows]), compiled(p.logits[:rows]), strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_backward_pass_is_refused(backend):
-    p = problem()
+def test_the_reference_has_gradients_and_the_op_says_so(backend):
+    p = problem(3, 9, 8, extra=0)
     with pytest.raises(RuntimeError, match="no gradient: detach"):
-        bridge_project(p.logits.requires_grad_(), p.table).log_q.sum().backward()
-
-
-def test_the_reference_has_gradients():
-    p = problem(3, 9, 8, extra=0).to(torch.float64)
+        bridge_project(p.logits.clone().requires_grad_(), p.table).log_q.sum().backward()
+    p = p.to(torch.float64)
     table = p.table
     view = (*table.columns[:2], table.weights.double()[torch.argsort(table.ids, stable=True)])
 
@@ -382,12 +372,13 @@ def test_the_reference_has_gradients():
 @pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa):
-    rerun_on(isa, __file__, "values or wide or infinity or empty or sure or blocked")
+    rerun_on(isa, __file__, "cpu and (values or wide or infinity or empty or sure or blocked)")
 
 
 def test_what_does_not_fit_is_refused():
     p = problem(listed=2, blocked=True)
     logits, table, given = p.logits, p.table, p.options
+    other = BlockedTokens(torch.tensor([0]), torch.tensor([]).long(), 39)
     for z, options, message in (
         (None, {}, "neither logits"),
         (logits[0], {}, r"expected \[N, >= 50\]"),
@@ -402,11 +393,7 @@ def test_what_does_not_fit_is_refused():
         (logits, {"previous": given["previous"]}, "one is missing"),
         (logits, {"blocked": given["blocked"], "previous": torch.full((5,), 4)}, "previous hold 4 to 4: expected -1..3"),
         (logits, {"blocked": given["blocked"], "previous": given["previous"].float()}, "previous is torch.float32"),
-        (
-            logits,
-            {"blocked": BlockedTokens(torch.zeros(1).long(), torch.empty(0).long(), 39), "previous": given["previous"]},
-            "blocked is for 39 base tokens",
-        ),
+        (logits, {"blocked": other, "previous": given["previous"]}, "blocked is for 39 base tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             bridge_project(z, table, **options)

@@ -30,6 +30,7 @@ TYPES = {
 }  # fmt: skip
 # Arguments that choose other constants than an op's example does.
 OTHERWISE = {
+    "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
     "projection_kl": {"labels": None, "tail": False},
     "projection_kl_backward": {"grad_nll": None, "tail": False},
 }
