@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-OPS = ("moments", "ridge", "delta_logits", "linear_kl", "projection_kl", "gold_kl", "token_kl", "bridge_project")
+OPS = (
+    "moments",
+    "ridge",
+    "delta_logits",
+    "linear_kl",
+    "projection_kl",
+    "linear_projection_kl",
+    "gold_kl",
+    "token_kl",
+    "bridge_project",
+)
 LEVELS = ("tiny", "quick", "default", "scaling", "full", "gpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -87,7 +87,7 @@ def in_parts(loss: Callable, shared: Callable[..., dict], **options) -> Provider
 
     def prepare(student, *rest):
         teacher, projection, chunks = aligned(*rest)
-        parts = list(_ranges(chunks))
+        parts = list(ranges(chunks))
 
         def step():
             same = shared(student, teacher, projection, chunks)
@@ -109,7 +109,7 @@ def pairs(chunks: Chunks) -> Tensor:
     return layout(chunks, None, False, torch.float32).counted.sum()
 
 
-def _ranges(chunks: Chunks):
+def ranges(chunks: Chunks):
     """(student positions, teacher positions, Chunks) of every range, from the position that predicts its first token."""
     count = chunks.valid.shape[1]
     size = -(-count // PARTS)

@@ -29,21 +29,26 @@ SHAPES = {
 }
 
 
+def project_rows(student, teacher, projection, chunks, *, k):
+    """The loss as published eager code writes it, of [1, T, V] logits."""
+    plan = layout(chunks, None, False, torch.float32)
+    columns = reference.top_columns(teacher[0], None, k)
+    edges = projection.slice(columns)
+    places, size = torch.stack([edges.positions, edges.rows]), (len(columns), student.shape[2])
+    matrix = torch.sparse_coo_tensor(places, edges.weights, size, check_invariants=False)
+    p = torch.softmax(student[0].float(), 1)
+    a = chunk_means(torch.sparse.mm(matrix, p.T).T, plan.student, plan.student_count)
+    Q = chunk_means(torch.log_softmax(teacher[0][:, columns].float(), 1), plan.teacher, plan.teacher_count)
+    log_r = (a / (a.sum(1, keepdim=True) + 1e-10) + 1e-10).log()
+    return torch.where(plan.paired, (Q.exp() * (Q - log_r)).sum(1), 0.0).sum() / plan.paired.sum()
+
+
 def case(T: int, V_s: int, V_t: int, K: int, k: int, dtype: str) -> Case:
     """T positions on either side, K entries a student token, k teacher columns."""
     kind = _DTYPES[dtype]
 
-    def rows(student, teacher, projection, chunks):
-        plan = layout(chunks, None, False, torch.float32)
-        columns = reference.top_columns(teacher[0], None, k)
-        edges = projection.slice(columns)
-        places, size = torch.stack([edges.positions, edges.rows]), (len(columns), V_s)
-        matrix = torch.sparse_coo_tensor(places, edges.weights, size, check_invariants=False)
-        p = torch.softmax(student[0].float(), 1)
-        a = chunk_means(torch.sparse.mm(matrix, p.T).T, plan.student, plan.student_count)
-        Q = chunk_means(torch.log_softmax(teacher[0][:, columns].float(), 1), plan.teacher, plan.teacher_count)
-        log_r = (a / (a.sum(1, keepdim=True) + 1e-10) + 1e-10).log()
-        return torch.where(plan.paired, (Q.exp() * (Q - log_r)).sum(1), 0.0).sum() / plan.paired.sum()
+    def rows(*given):
+        return project_rows(*given, k=k)
 
     def chunk_first(*given, **options):
         return reference.loss(*given, vocab_topk=k, **options)[0]
