@@ -52,28 +52,27 @@ __device__ inline void unpack(const uint4& raw, float (&x)[kPack<T>]) {
 
 // Elements before the first whole 16 bytes.
 template <class T>
-__device__ inline int64_t lead(const T* row, int64_t width) {
-  const int64_t n = (16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T);
+__device__ inline int lead(const T* row, int width) {
+  const int n = int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
   return n < width ? n : width;
 }
 
-// f(s, x) for all of a row: x are the kPack<T> values from s on, or the single value at s near an end that is not aligned.
-// Several packs are under way at once. `Backwards` starts at the end, and marks what it read as not needed again.
-template <bool Backwards, class T, class F>
-__device__ inline void for_packs(const T* row, int64_t width, F f) {
-  constexpr int kFlight = 4;
-  const int64_t first = lead(row, width), packs = (width - first) / kPack<T>, last = first + packs * kPack<T>;
+// f(s, x) for all of a row, whose places fit an int: x are the kPack<T> values from s on, or the single value at s near an end
+// that is not aligned. `kFlight` packs are under way at once. `Backwards` starts at the end, and marks what it read as not needed again.
+template <bool Backwards, int kFlight, class T, class F>
+__device__ inline void for_packs(const T* row, int width, F f) {
+  const int first = lead(row, width), packs = (width - first) / kPack<T>, last = first + packs * kPack<T>;
   const uint4* data = reinterpret_cast<const uint4*>(row + first);
-  for (int64_t from = threadIdx.x; from < packs; from += kFlight * blockDim.x) {
+  for (int from = threadIdx.x; from < packs; from += kFlight * blockDim.x) {
     uint4 raw[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      const int64_t at = from + i * blockDim.x;
+      const int at = from + i * blockDim.x;
       if (at < packs) raw[i] = Backwards ? __ldcs(data + packs - 1 - at) : __ldcg(data + at);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      const int64_t at = from + i * blockDim.x;
+      const int at = from + i * blockDim.x;
       float x[kPack<T>];
       if (at < packs) {
         unpack<T>(raw[i], x);
@@ -81,7 +80,7 @@ __device__ inline void for_packs(const T* row, int64_t width, F f) {
       }
     }
   }
-  const int64_t single = threadIdx.x < first ? threadIdx.x : last + threadIdx.x - first;
+  const int lane = threadIdx.x, single = lane < first ? lane : last + lane - first;
   if (single < width) {
     float x[1] = {to_float(row[single])};
     f(single, x);
@@ -107,12 +106,12 @@ __device__ inline void store(T* out, const float (&x)[kPack<T>], bool aligned) {
 
 // out[from .. to) = 0
 template <class T>
-__device__ inline void fill_zero(T* out, int64_t from, int64_t to) {
-  const int64_t first = from + lead(out + from, to - from), packs = (to - first) / kPack<T>, last = first + packs * kPack<T>;
+__device__ inline void fill_zero(T* out, int from, int to) {
+  const int first = from + lead(out + from, to - from), packs = (to - first) / kPack<T>, last = first + packs * kPack<T>;
   uint4* data = reinterpret_cast<uint4*>(out + first);
-  for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) __stcs(data + i, make_uint4(0, 0, 0, 0));
-  for (int64_t i = from + threadIdx.x; i < first; i += blockDim.x) from_float(0.0f, out[i]);
-  for (int64_t i = last + threadIdx.x; i < to; i += blockDim.x) from_float(0.0f, out[i]);
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) __stcs(data + i, make_uint4(0, 0, 0, 0));
+  for (int i = from + threadIdx.x; i < first; i += blockDim.x) from_float(0.0f, out[i]);
+  for (int i = last + threadIdx.x; i < to; i += blockDim.x) from_float(0.0f, out[i]);
 }
 
 struct Sum {
@@ -125,7 +124,7 @@ struct Min {
   template <class X> __device__ X operator()(X a, X b) const { return a < b ? a : b; }
 };
 
-// f over the x of all threads, in an order that is always the same; every thread gets the result. `scratch` holds 32 values.
+// f over the x of all threads, in an order that is always the same; every thread gets the result. `scratch` has room for a value of each warp.
 template <class X, class F>
 __device__ inline X reduce(X x, F f, void* scratch) {
   X* of_warp = static_cast<X*>(scratch);
