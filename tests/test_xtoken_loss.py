@@ -171,7 +171,7 @@ def test_nothing_valid_gives_zero_kd_and_zero_gradient(tensors):
 @pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
 @pytest.mark.parametrize("options", [{"same_tokenizer": True}, {"gold_loss": True}, {}], ids=str)
 def test_no_float32_copy_of_bfloat16_logits(options):
-    """The step makes gradients for CE and KD (one for both with P-KL), their sum and a little scratch; a copy is two more."""
+    """The step makes gradients for CE and KD (one for both with P-KL), their sum and some scratch; a copy is two more."""
     g = torch.Generator().manual_seed(0)
     logits, teacher = (torch.randn(1, 192, 12000, generator=g).bfloat16() for _ in range(2))
     config = XTokenConfig(12000, (TeacherConfig(12000, **options),), vocab_topk=2000)

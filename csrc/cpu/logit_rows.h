@@ -82,6 +82,53 @@ inline double sum_blocks(int64_t n, F f) {
   return total;
 }
 
+// Values of a row as they are compared: bf16 by integers of the same order, others as floats.
+template <class T>
+struct Order {
+  using Key = float;
+  using Keys = vf;
+  static constexpr int lanes = kLanes;
+  static Key least() { return -std::numeric_limits<float>::infinity(); }
+  static Keys splat(Key key) { return CHASSIS_ISA::splat(key); }
+  static Keys keys(const T* x) { return load(x); }
+  static Key key(T x) { return to_float(x); }
+  static float value(Key key) { return key; }
+};
+template <>
+struct Order<bf16> {
+  using Key = int16_t;
+  typedef int16_t Keys __attribute__((vector_size(4 * kLanes)));
+  static constexpr int lanes = 2 * kLanes;
+  static Key least() { return key(bf16{0xff80}); }
+  static Keys splat(Key key) { return key - Keys{}; }
+  static Keys keys(const bf16* x) {
+    Keys bits;
+    std::memcpy(&bits, x, sizeof bits);
+    return bits ^ ((bits >> 15) & 0x7fff);
+  }
+  static Key key(bf16 x) { return Key(int16_t(x.bits) ^ ((int16_t(x.bits) >> 15) & 0x7fff)); }
+  static float value(Key key) { return to_float(bf16{uint16_t(key ^ ((key >> 15) & 0x7fff))}); }
+};
+
+// The largest of z[0..n), at least -FLT_MAX.
+template <class T>
+inline float largest(const T* z, int64_t n) {
+  using O = Order<T>;
+  const typename O::Keys least = O::splat(O::least());
+  typename O::Keys best[4] = {least, least, least, least};
+  int64_t i = 0;
+  for (; i + 4 * O::lanes <= n; i += 4 * O::lanes)
+    for (int part = 0; part < 4; ++part) {
+      const auto keys = O::keys(z + i + part * O::lanes);
+      best[part] = keys > best[part] ? keys : best[part];
+    }
+  typename O::Key top = O::least();
+  for (const auto& keys : best)
+    for (int lane = 0; lane < O::lanes; ++lane) top = std::max<typename O::Key>(top, keys[lane]);
+  for (; i < n; ++i) top = std::max<typename O::Key>(top, O::key(z[i]));
+  return std::max(O::value(top), -FLT_MAX);
+}
+
 // Asks for 2 MiB pages under a large new tensor: faulting it in by 4 KiB pages takes longer than computing it.
 inline void prefer_large_pages(const Matrix& m) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -42,18 +42,40 @@ inline int64_t argmax(const float* x, int64_t n) {
 
 struct Edge { int32_t row, position; float weight; };
 
-// M[:, J] by row, within a row by position.
-std::vector<Edge> slice(const ProjectionKL& in) {
-  std::vector<int32_t> next(in.width + 1, 0);
-  for (int64_t j = 0; j < in.k; ++j)
-    for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e) ++next[in.rows[e] + 1];
-  std::partial_sum(next.begin(), next.end(), next.begin());
-  std::vector<Edge> edges(next.back());
-  for (int64_t j = 0; j < in.k; ++j)
-    for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e)
-      edges[next[in.rows[e]]++] = {in.rows[e], int32_t(j), in.weights[e]};
-  return edges;
-}
+// M[:, J] by row, within a row by position: each row's first entry, and the others.
+struct Edges {
+  std::vector<Edge> first, rest;
+  explicit Edges(const ProjectionKL& in) {
+    std::vector<int32_t> next(in.width + 1, 0);
+    for (int64_t j = 0; j < in.k; ++j)
+      for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e) ++next[in.rows[e] + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    std::vector<Edge> all(next.back());
+    for (int64_t j = 0; j < in.k; ++j)
+      for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e)
+        all[next[in.rows[e]]++] = {in.rows[e], int32_t(j), in.weights[e]};
+    for (size_t i = 0; i < all.size(); ++i) (i == 0 || all[i].row != all[i - 1].row ? first : rest).push_back(all[i]);
+  }
+
+  // a[J] += x M[:, J]
+  void project(const float* x, float* a) const {
+    for (const auto* part : {&first, &rest})
+      each(*part, [=](const Edge& e) { a[e.position] += e.weight * x[e.row]; });
+  }
+  // back = M[:, J] G in the rows that have entries; the others are left alone.
+  void pull(const float* G, float* back) const {
+    each(first, [=](const Edge& e) { back[e.row] = e.weight * G[e.position]; });
+    each(rest, [=](const Edge& e) { back[e.row] += e.weight * G[e.position]; });
+  }
+
+ private:
+  template <class F>
+  static void each(const std::vector<Edge>& edges, F f) {
+    const Edge *e = edges.data(), *end = e + edges.size();
+    for (; end - e >= 4; e += 4) f(e[0]), f(e[1]), f(e[2]), f(e[3]);
+    for (; e < end; ++e) f(*e);
+  }
+};
 
 // out[i] = value(read, i) for i < width and 0 up to head; read(pointer + i) makes a vector, of equal values at the edges.
 template <class T, class F>
@@ -66,18 +88,58 @@ void write_row(T* out, int64_t width, int64_t head, F value) {
   std::fill(out + width, out + head, T{});
 }
 
+// Fetches what a chunk's teacher rows will be asked for while its student rows are worked on, one cache line a step.
+struct Ahead {
+  const ProjectionKL& in;
+  const int64_t size = in.teacher.dtype == DType::fp32 ? 4 : 2;
+  std::vector<int32_t> lines;  // where in a row
+  std::vector<const char*> rows;
+  const char* row = nullptr;
+  const int32_t *line = nullptr, *end = nullptr;
+
+  explicit Ahead(const ProjectionKL& in) : in(in) {
+    for (int64_t j = 0; j < in.k; ++j)
+      if (j == 0 || in.columns[j] * size / 64 != in.columns[j - 1] * size / 64) lines.push_back(int32_t(in.columns[j] * size));
+  }
+  void begin(const Members& teacher, int64_t c) {
+    rows.clear();
+    for (int64_t i = 0; i < teacher.count(c); ++i)
+      rows.push_back(static_cast<const char*>(in.teacher.data) + teacher.row(c, i) * in.teacher.stride * size);
+    line = end = nullptr;
+  }
+  void step() {
+    if (line == end && !next()) return;
+    __builtin_prefetch(row + *line++);
+  }
+
+ private:
+  bool next() {
+    if (rows.empty() || lines.empty()) return false;
+    row = rows.back();
+    rows.pop_back();
+    line = lines.data();
+    end = line + lines.size();
+    return true;
+  }
+};
+
 // What one thread works with.
 struct Worker {
   const ProjectionKL& in;
   const ProjectionKLResult& out;
-  const std::vector<Edge>& edges;
+  const Edges& edges;
   const std::vector<int32_t>& columns;
   const float inverse = 1 / in.temperature;
   Scratch p{kKeep + 2, in.width}, small{4, in.k + in.tail}, whole{1, in.tail ? in.vocabulary : 0};
-  std::vector<float> maxima = std::vector<float>(ceil_div(in.width, kBlock));  // what each block's exponentials refer to
+  Ahead ahead{in};
   float *sums = p.row(kKeep), *back = p.row(kKeep + 1);
   float *a = small.row(0), *Q = small.row(1), *t = small.row(2), *G = small.row(3);
-  const float* mean = nullptr;
+  float lse = 0, tail = 0;
+
+  Worker(const ProjectionKL& in, const ProjectionKLResult& out, const Edges& edges, const std::vector<int32_t>& columns)
+      : in(in), out(out), edges(edges), columns(columns) {
+    std::fill_n(back, p.stride, 0.0f);
+  }
 
   void chunk(int64_t c, const Members& student, const Members& teacher) {
     const int64_t n = student.count(c), n_teacher = teacher.count(c);
@@ -87,10 +149,14 @@ struct Worker {
       for (int64_t i = 0; i < n; ++i) lone(student.row(c, i));
       return;
     }
-    for (int64_t i = 0; i < n; ++i) add_student(student.row(c, i), i, n);
     std::fill_n(a, small.stride, 0.0f);
-    for (const Edge& e : edges) a[e.position] += e.weight * mean[e.row];
+    ahead.begin(teacher, c);
+    for (int64_t i = 0; i < n; ++i) add_student(student.row(c, i), i, n);
+    edges.project(n == 1 ? slot(0) : sums, a);
+    if (n == 1)
+      for (int64_t j = 0; j < small.stride; j += kLanes) store(a + j, load(a + j) * out.row_scale[student.row(c, 0)]);
     std::fill_n(Q, small.stride, 0.0f);
+    lse = tail = 0;
     for (int64_t i = 0; i < n_teacher; ++i)
       with_type(in.teacher, [&](auto* x) { add_teacher(x + teacher.row(c, i) * in.teacher.stride); });
     compare(float(n), float(n_teacher), weight * inverse, c);
@@ -99,12 +165,10 @@ struct Worker {
       for (int64_t i = 0; i < n; ++i) write(student.row(c, i), nullptr);
       return;
     }
-    std::fill_n(back, p.stride, 0.0f);
-    for (const Edge& e : edges) back[e.row] += e.weight * G[e.position];
+    edges.pull(G, back);
     for (int64_t i = n - 1; i >= 0; --i) {
       const int64_t row = student.row(c, i);
-      if (i >= kKeep - 1 && i < n - 1)
-        with_type(in.student, [&](auto* z) { softmax_known(z + row * in.student.stride, slot(i), row); });
+      if (i >= kKeep - 1 && i < n - 1) exponentials(row, slot(i), out.row_max[row], inverse);
       write(row, slot(i));
     }
   }
@@ -114,20 +178,19 @@ struct Worker {
   // A row that nothing is compared with: it may have a label.
   void lone(int64_t row) {
     if (!out.known) {
-      if (label(row) >= 0) with_type(in.student, [&](auto* z) { softmax(z + row * in.student.stride, p.row(0), row); });
+      if (label(row) >= 0) softmax(row, p.row(0));
+      else if (in.labels) out.row_max[row] = out.nll[row] = out.ce_scale[row] = 0;
       else out.row_max[row] = 0;
-      if (in.labels && label(row) < 0) out.nll[row] = out.ce_scale[row] = 0;
       out.row_scale[row] = 0;
     }
     if (out.grad.data) write(row, nullptr);
   }
 
-  // The gradient of a row: e (back - e . back) where e, its probabilities, is there, and its label's part.
+  // The gradient of a row: p (back - p . back), with p = e row_scale, where its exponentials e are there; and its label's.
   void write(int64_t row, const float* e) {
     const int64_t y = label(row);
-    const float w = y >= 0 && out.nll_weight ? out.nll_weight[row] : 0, dot = e ? float(sum_blocks(p.stride, [&](int64_t s) {
-      return load(e + s) * load(back + s);
-    })) : 0;
+    const float w = y >= 0 && out.nll_weight ? out.nll_weight[row] : 0, scale = out.row_scale[row];
+    const float dot = e ? scale * float(sum_blocks(p.stride, [&](int64_t s) { return load(e + s) * load(back + s); })) : 0;
     with_type(out.grad, [&](auto* g) {
       const auto* z = static_cast<decltype(g)>(in.student.data) + row * in.student.stride;
       g += row * out.grad.stride;
@@ -142,9 +205,9 @@ struct Worker {
         if (w != 0) from_float(at_label, g[y]);
       };
       const float shift = in.temperature == 1 ? dot - w : dot, best = out.row_max[row];
-      const float scale = w == 0 ? 0 : w * out.ce_scale[row];
-      auto kd = [&](auto read, int64_t i) { return read(e + i) * (read(back + i) - shift); };
-      auto ce = [&](auto read, int64_t i) { return exp_nonpositive(read(z + i) - best) * scale; };
+      const float ce_scale = w == 0 ? 0 : w * out.ce_scale[row];
+      auto kd = [&](auto read, int64_t i) { return read(e + i) * scale * (read(back + i) - shift); };
+      auto ce = [&](auto read, int64_t i) { return exp_nonpositive(read(z + i) - best) * ce_scale; };
       if (!e) finish(ce);
       else if (w == 0 || in.temperature == 1) finish(kd);
       else finish([&](auto read, int64_t i) { return kd(read, i) + ce(read, i); });
@@ -153,71 +216,59 @@ struct Worker {
 
   float* slot(int64_t i) const { return p.row(std::min(i, kKeep - 1)); }
 
-  // Row i of n: its probabilities go to slot(i), and into the mean.
+  // Row i of n: its exponentials go to slot(i), and into the mean where it is not the only one.
   void add_student(int64_t row, int64_t i, int64_t n) {
     float* e = slot(i);
-    with_type(in.student, [&](auto* z) {
-      if (out.known) softmax_known(z + row * in.student.stride, e, row);
-      else softmax(z + row * in.student.stride, e, row);
-    });
-    mean = n == 1 ? e : sums;
+    if (out.known) exponentials(row, e, out.row_max[row], inverse);
+    else softmax(row, e);
     if (n == 1) return;
-    const float share = 1 / (float(n) + kEps);
-    for (int64_t s = 0; s < p.stride; s += kLanes)
-      store(sums + s, i == 0 ? load(e + s) * share : load(sums + s) + load(e + s) * share);
+    const float share = out.row_scale[row] / (float(n) + kEps);
+    float* const to = sums;
+    if (i == 0)
+      for (int64_t s = 0; s < p.stride; s += kLanes) store(to + s, load(e + s) * share);
+    else
+      for (int64_t s = 0; s < p.stride; s += kLanes) store(to + s, load(to + s) + load(e + s) * share);
   }
 
-  template <class T>
-  void softmax(const T* z, float* e, int64_t row) {
-    const bool apart = label(row) >= 0 && in.temperature != 1;  // the label's sum is another one
-    double total = 0, ce_total = 0;
-    float best = -FLT_MAX;
-    for (int64_t b = 0, from = 0; from < in.width; ++b, from += kBlock) {
-      int64_t n = std::min(kBlock, in.width - from), i = 0;
-      vf top = splat(best);
-      for (; i + kLanes <= n; i += kLanes) top = vmax(load(z + from + i), top);
-      float here = max(top);
-      for (; i < n; ++i) here = std::max(here, to_float(z[from + i]));
-      total *= exp_nonpositive(splat((best - here) * inverse))[0];
-      if (apart) ce_total *= exp_nonpositive(splat(best - here))[0];
-      maxima[b] = best = here;
-      vf part = {};
-      for (i = 0; i + kLanes <= n; i += kLanes) {
-        vf v = exp_nonpositive((load(z + from + i) - best) * inverse);
-        store(e + from + i, v);
-        part += v;
-      }
-      total += sum(part);
-      for (; i < n; ++i) total += e[from + i] = exp_nonpositive(splat((to_float(z[from + i]) - best) * inverse))[0];
-      if (!apart) continue;
-      part = vf{};
-      for (i = 0; i + kLanes <= n; i += kLanes) part += exp_nonpositive(load(z + from + i) - best);
-      ce_total += sum(part);
-      for (; i < n; ++i) ce_total += exp_nonpositive(splat(to_float(z[from + i]) - best))[0];
-    }
+  // e = exp((z - max) / tau), the row's numbers, and what is known of its label.
+  void softmax(int64_t row, float* e) {
+    const int64_t y = label(row);
+    float best = 0, at_label = 0;
+    with_type(in.student, [&](auto* z) {
+      z += row * in.student.stride;
+      best = largest(z, in.width);
+      if (y >= 0) at_label = to_float(z[y]);
+    });
     out.row_max[row] = best;
+    const double total = exponentials(row, e, best, inverse);
     out.row_scale[row] = float(1 / total);
-    if (in.labels) {
-      const bool labelled = label(row) >= 0;
-      if (!apart) ce_total = total;
-      out.ce_scale[row] = labelled ? float(1 / ce_total) : 0;
-      out.nll[row] = labelled ? float(std::log(ce_total) - (double(to_float(z[label(row)])) - best)) : 0;
-    }
-    for (int64_t b = 0, from = 0; from < in.width; ++b, from += kBlock) {
-      float factor = exp_nonpositive(splat((maxima[b] - best) * inverse))[0] * out.row_scale[row];
-      for (int64_t i = from; i < std::min(from + kBlock, in.width); i += kLanes) store(e + i, load(e + i) * factor);
-    }
+    if (!in.labels) return;
+    const double ce_total = y < 0 || in.temperature == 1 ? total : exponentials(row, nullptr, best, 1);
+    out.ce_scale[row] = y < 0 ? 0 : float(1 / ce_total);
+    out.nll[row] = y < 0 ? 0 : float(std::log(ce_total) - (double(at_label) - best));
   }
 
-  template <class T>
-  void softmax_known(const T* z, float* e, int64_t row) const {
-    const float best = out.row_max[row], scale = out.row_scale[row];
-    int64_t i = 0;
-    for (; i + kLanes <= in.width; i += kLanes) store(e + i, exp_nonpositive((load(z + i) - best) * inverse) * scale);
-    for (; i < in.width; ++i) e[i] = exp_nonpositive(splat((to_float(z[i]) - best) * inverse))[0] * scale;
+  // sum exp((z - best) inverse) over a row; the terms go to e where it is there.
+  double exponentials(int64_t row, float* e, float best, float inverse) {
+    double total = 0;
+    with_type(in.student, [&](auto* z) {
+      z += row * in.student.stride;
+      const int64_t whole = in.width / kLanes * kLanes;
+      auto run = [&](auto keep) {
+        total = sum_blocks(whole, [&](int64_t s) { return keep(s, exp_nonpositive((load(z + s) - best) * inverse)); });
+      };
+      if (e) run([&](int64_t s, vf v) { ahead.step(); store(e + s, v); return v; });
+      else run([&](int64_t, vf v) { return v; });
+      for (int64_t s = whole; s < in.width; ++s) {
+        const float v = exp_nonpositive(splat((to_float(z[s]) - best) * inverse))[0];
+        if (e) e[s] = v;
+        total += v;
+      }
+    });
+    return total;
   }
 
-  // Q += log_softmax(x[J] / tau); with the tail, log of the softmax over all of x and of what it gives the others.
+  // Q - lse += log_softmax(x[J] / tau); with the tail, log of the softmax over all of x, and tail += what it gives the others.
   template <class T>
   void add_teacher(const T* x) {
     vf top = splat(-FLT_MAX);
@@ -234,38 +285,35 @@ struct Worker {
     const float best = max(top);
     double total = sum_blocks(small.stride, [&](int64_t j) {
       vf v = (load(t + j) - best) * inverse;
-      store(t + j, v);
+      store(Q + j, load(Q + j) + v);
       return exp_nonpositive(v);
     });
     if (in.tail) {
       const double rest =
           sum_blocks(whole.stride, [&](int64_t i) { return exp_nonpositive((load(others + i) - best) * inverse); });
       total += rest;
-      Q[in.k] += float(std::log(rest / total + kEps));
+      tail += float(std::log(rest / total + kEps));
     }
-    const float lse = float(std::log(total));
-    int64_t j = 0;
-    for (; j + kLanes <= in.k; j += kLanes) store(Q + j, load(Q + j) + (load(t + j) - lse));
-    for (; j < in.k; ++j) Q[j] += t[j] - lse;
+    lse += float(std::log(total));
   }
 
   // From a and the sums in Q: the chunk's divergence, whether both sides prefer the same column, and G * factor.
   void compare(float n, float n_teacher, float factor, int64_t c) {
     const float share = 1 / (n_teacher + kEps), floor = log_positive(splat(kEps))[0];
-    for (int64_t j = 0; j < small.stride; j += kLanes) store(Q + j, load(Q + j) * share);
-    const float tail = in.tail ? Q[in.k] : floor;
+    for (int64_t j = 0; j < small.stride; j += kLanes) store(Q + j, (load(Q + j) - lse) * share);
     if (out.kl) std::fill(Q + in.k, Q + small.stride, -kInfinity);
     int64_t preferred = out.kl ? argmax(Q, small.stride) : 0;
     std::fill(Q + in.k, Q + small.stride, in.divergence == kJensenShannon ? -kInfinity : floor);  // with a = 0 adds exactly 0
     double sum_a = sum_blocks(small.stride, [&](int64_t j) { return load(a + j); }), sum_q = 0;
     if (in.tail) {
-      Q[in.k] = tail;
+      Q[in.k] = tail * share;
       a[in.k] = float(std::max(0.0, 1 - sum_a));
       sum_a += a[in.k];
     }
     if (in.divergence == kJensenShannon)
       sum_q = sum_blocks(small.stride, [&](int64_t j) { return exp_nonpositive(load(Q + j)); });
     const float total = float(sum_a) + kEps, total_q = float(sum_q) + kEps;
+    vf values = {};
     double kl = 0;
     const double centre = sum_blocks(small.stride, [&](int64_t j) {
       vf r = load(a + j) / total, q = load(Q + j), g, value;
@@ -275,14 +323,15 @@ struct Worker {
         g = 1.0f + l - q;
       } else if (in.divergence == kForward) {
         vf e = exp_nonpositive(q);
-        value = e == vf{} ? vf{} : e * (q - log_positive(r + kEps));
+        value = out.kl ? (e == vf{} ? vf{} : e * (q - log_positive(r + kEps))) : vf{};
         g = -e / (r + kEps);
       } else {
         vf u = r + kEps, v = exp_nonpositive(q) / total_q + kEps, m = 0.5f * (u + v);
         g = 0.5f * log_positive(u / m);
         value = u * g + 0.5f * v * log_positive(v / m);
       }
-      kl += sum(value);
+      values += value;
+      if ((j + kLanes) % kBlock == 0 || j + kLanes == small.stride) kl += sum(values), values = vf{};
       store(a + j, r);
       store(G + j, g);
       return g * r;
@@ -297,49 +346,24 @@ struct Worker {
   }
 };
 
-template <class T>
-void raise_maxima(const T* x, int64_t n, float* best) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store(best + j, vmax(load(x + j), load(best + j)));
-  for (; j < n; ++j) best[j] = std::max(best[j], to_float(x[j]));
-}
-
 }  // namespace
 
 void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out) {
   const Members student(in.student_chunk, in.student.rows, in.chunks), teacher(in.teacher_chunk, in.teacher.rows, in.chunks);
-  const std::vector<Edge> edges = slice(in);
+  const Edges edges(in);
   const std::vector<int32_t> columns(in.columns, in.columns + in.k);
   if (out.known) prefer_large_pages(out.grad);
 #pragma omp parallel
   {
-    Worker worker{in, out, edges, columns};
+    Worker worker(in, out, edges, columns);
+    // Forward from the last chunk, backward from the first: what was read last may still be in a cache.
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t c = 0; c < in.chunks; ++c) worker.chunk(c, student, teacher);
+    for (int64_t c = 0; c < in.chunks; ++c) worker.chunk(out.known ? c : in.chunks - 1 - c, student, teacher);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < in.student.rows; ++i)
       if (in.student_chunk[i] < 0) worker.lone(i);
     fence();
   }
-}
-
-// The k columns with the largest maxima over the rows kept (null: all), ascending; ties go to the lowest columns.
-void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out) {
-  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), logits.rows));
-  const int64_t stride = ceil_div(logits.cols, kLanes) * kLanes;
-  std::vector<float> best(threads * stride, -std::numeric_limits<float>::infinity());
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < threads; ++part)
-    for (int64_t i = logits.rows * part / threads; i < logits.rows * (part + 1) / threads; ++i)
-      if (!keep || keep[i])
-        with_type(logits, [&](auto* x) { raise_maxima(x + i * logits.stride, logits.cols, best.data() + part * stride); });
-  for (int64_t part = 1; part < threads; ++part) raise_maxima(best.data() + part * stride, logits.cols, best.data());
-  std::vector<int32_t> ids(logits.cols);
-  std::iota(ids.begin(), ids.end(), 0);
-  auto before = [&](int32_t i, int32_t j) { return best[i] > best[j] || (best[i] == best[j] && i < j); };
-  if (k < logits.cols) std::nth_element(ids.begin(), ids.begin() + k, ids.end(), before);
-  std::sort(ids.begin(), ids.begin() + k);
-  std::copy_n(ids.begin(), k, out);
 }
 
 }  // namespace CHASSIS_ISA

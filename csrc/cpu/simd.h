@@ -121,7 +121,11 @@ inline float max(vf v) {
 // exponent bits. Everything below -87.3 gives exactly 0, so that -inf needs no branch.
 inline vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vf clamped = vmax(splat(-87.3f), x);  // in this order a NaN stays a NaN
+#if defined(__AVX512F__)
+  const vf clamped = x;
+#else
+  const vf clamped = vmax(splat(-87.3f), x);  // in this order a NaN stays a NaN
+#endif
   vf n = (clamped * 1.44269504088896341f + magic) - magic;
   vf r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -132,11 +136,16 @@ inline vf exp_nonpositive(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
   vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   vf scale;
   std::memcpy(&scale, &exponent, sizeof scale);
   vf value = p * scale;
   return x < splat(-87.3f) ? vf{} : value;
+#endif
 }
 
 // log(x) to about 1 ulp for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1.
