@@ -89,8 +89,8 @@ inline void pack_pairs_across(const bf16* data, int64_t stride, const int64_t* i
 inline void multiply_pairs(const float* a, int64_t m, const float* b, int64_t n, int64_t depth, float* c, int64_t ldc,
                            bool accumulate) {
   int64_t pairs = (depth + 1) / 2;
-  for (int64_t i = 0; i < m; i += kMr)
-    for (int64_t j = 0; j < n; j += kNr) {
+  for (int64_t j = 0; j < n; j += kNr)  // a panel of b and, up to some 100 rows by 128 steps, all of a stay in L1
+    for (int64_t i = 0; i < m; i += kMr) {
       float* out = c + i * ldc + j;
       if (i + kMr <= m && j + kNr <= n) {
         micro_kernel_bf16(a + i * pairs, b + j * pairs, pairs, out, ldc, accumulate);
@@ -107,6 +107,8 @@ inline void multiply_pairs(const float* a, int64_t m, const float* b, int64_t n,
 // Products in one of the two ways, chosen at run time: pairs of bf16, or fp32 panels of any operands.
 struct Multiplier {
   bool pairs;
+
+  int64_t steps(int64_t depth) const { return pairs ? (depth + 1) / 2 : depth; }  // what a column of a panel takes, in floats
 
   template <int kWidth, class T>
   void pack_panels(const Operand<T>& m, int64_t n, int64_t depth, float* out) const {

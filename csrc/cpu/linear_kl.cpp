@@ -90,10 +90,12 @@ class Side {
   void pack_rows(int64_t row, int64_t rows, float* out) const {
     each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) { p.pack_left(row, rows, k, steps, out + at * kBlock); });
   }
+  // A panel at a time through all of its depth, so that the rows of a head stream.
   void pack_tile(int64_t column, int64_t columns, float* out) const {
-    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
-      p.pack_right(column, columns, k, steps, out + at * kTile);
-    });
+    for (int64_t j = 0; j < columns; j += kNr)
+      each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
+        p.pack_right(column + j, std::min<int64_t>(kNr, columns - j), k, steps, out + at * kTile + j * p.way.steps(steps));
+      });
   }
 
   // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns.
