@@ -134,3 +134,8 @@ def test_wheel_without_a_compiler_runs_on_the_reference(wheel, tmp_path):
 def test_a_required_extension_that_fails_stops_the_build(tree):
     result = run(tree, "setup.py", "-q", "build_ext", env=BROKEN | {"CHASSIS_REQUIRE_EXTENSION": "1"}, check=False)
     assert result.returncode != 0 and "chassis_kernels._C was not built with '/bin/false'" in result.stderr
+
+
+def test_a_cuda_extension_that_was_asked_for_and_fails_stops_the_build(tree):
+    result = run(tree, "setup.py", "-q", "build_ext", env=BROKEN | {"CHASSIS_BUILD_CUDA": "1"}, check=False)
+    assert result.returncode != 0 and "chassis_kernels._CUDA was not built with '/bin/false' and" in result.stderr

@@ -38,6 +38,7 @@ chassis::cuda::Slice slice(const py::tuple& t) {
 
 PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "CUDA kernels of chassis_kernels; call them through the ops, which check their arguments.";
+  m.def("set_device", &chassis::cuda::set_device);
   m.def("count_rows", [](const py::tuple& s, uintptr_t stream) {
     chassis::cuda::count_rows(slice(s), reinterpret_cast<void*>(stream));
   });

@@ -57,6 +57,8 @@ struct Launch {
   int64_t shared, scratch;
 };
 
+// This library's own CUDA runtime does not see which device another one made current.
+void set_device(int device);
 void count_rows(const Slice& slice, void* stream);  // fills `count` and `chosen`, which are zero before
 void slice_rows(const Slice& slice, void* stream);  // the rest, from `count`, `ends` and `rank`; leaves `count` zero
 Launch projection_kl_launch(DType student, int64_t outcomes, int64_t touched);  // at most `touched` student tokens

@@ -395,6 +395,8 @@ int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block
 
 }  // namespace
 
+void set_device(int device) { check(cudaSetDevice(device)); }
+
 void count_rows(const Slice& slice, void* stream) {
   launch(count_kernel, blocks_for(slice.k, kThreads / 32), 0, stream, slice);
 }
@@ -419,6 +421,7 @@ Launch projection_kl_launch(DType student, int64_t outcomes, int64_t touched) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, size_t(plan.shared)));
   });
+  if (resident == 0) throw std::runtime_error("CUDA: a block of projection_kl does not fit this device");
   plan.blocks = processors * resident;
   return plan;
 }

@@ -145,6 +145,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int) {
   const bool shared = asked == cudaDevAttrMaxSharedMemoryPerBlockOptin;
