@@ -69,6 +69,8 @@ def test_every_shipped_tuning_entry(architecture, monkeypatch):
 def test_rows_far_apart_are_reached(tail, int32_overflow_stops):
     """Offsets past 2^31 in logits and gradient, which is written over them."""
     p = problem(1, 4, 4, 60, 29, labelled=True).to(torch.bfloat16)
+    for ids in p.chunks[:2]:
+        ids[:] = torch.tensor([0, 0, 1, 1])
     p.chunks.valid[:] = True
     plan, labels = layout(p.chunks, None, False, torch.float32), p.options["labels"]
     arguments = reference.op_arguments(p.student, p.teacher, p.projection, plan, torch.arange(9), labels, (1.0, 0, tail))

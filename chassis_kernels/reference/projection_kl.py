@@ -204,7 +204,12 @@ def projection_kl_backward(
     a = project(chunk_means(p, student_chunk, n_student), edges, len(columns))
     Q = chunk_means(log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
     r, total = shares(a, tail)
-    G = torch.where((n_teacher > 0)[:, None], chunk_gradient(r, total, Q, divergence, tail, n_student, grad), 0.0)
+    g = compare(r, Q, divergence)[1]
+    G = (g - (g * r).sum(1, keepdim=True)) / total / (n_student.to(z.dtype) + COUNT_EPS)[:, None]
+    if tail:
+        G = G[:, :-1] - torch.where(r[:, -1:] > 0, G[:, -1:], 0.0)
+    paired = (n_student > 0) & (n_teacher > 0) & (grad != 0)
+    G = torch.where(paired[:, None], G * grad.to(z.dtype)[:, None], 0.0)
     back = G.new_zeros(chunks, width)
     back.index_add_(1, edges.rows, G[:, edges.positions] * edges.weights.to(z.dtype))
     back = back.index_select(0, student_chunk.clamp_min(0)) if chunks else torch.zeros_like(z)
@@ -226,15 +231,6 @@ def shares(a: Tensor, tail: bool) -> tuple[Tensor, Tensor]:
         a = torch.cat([a, (1 - a.sum(1, keepdim=True)).clamp_min(0)], 1)
     total = a.sum(1, keepdim=True) + EPS
     return a / total, total
-
-
-def chunk_gradient(r, total, Q, divergence: int, tail: bool, n_student: Tensor, grad: Tensor) -> Tensor:
-    """G times `grad` [M], [M, k]; 0 where grad is 0 or a chunk has no student row."""
-    g = compare(r, Q, divergence)[1]
-    G = (g - (g * r).sum(1, keepdim=True)) / total / (n_student.to(r.dtype) + COUNT_EPS)[:, None]
-    if tail:
-        G = G[:, :-1] - torch.where(r[:, -1:] > 0, G[:, -1:], 0.0)
-    return torch.where(((n_student > 0) & (grad != 0))[:, None], G * grad.to(r.dtype)[:, None], 0.0)
 
 
 def compare(r: Tensor, Q: Tensor, divergence: int) -> tuple[Tensor, Tensor]:

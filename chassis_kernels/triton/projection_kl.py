@@ -1,17 +1,16 @@
 """KL across tokenizers through a sparse projection M; the equations stand in `reference/projection_kl.py`.
 
-With U the student tokens that M maps into the columns J, on M chunks and deterministic throughout:
+With U the student tokens that M maps into the columns J, over C chunks and deterministic throughout:
 
-    student_statistics   per row: max, 1 / Σ exp, and the label's nll                           one read of the logits
-    teacher_statistics   per row: max and Σ exp over J, or over the vocabulary and outside J
-    chunk_means          pbar [M, U] of the probabilities at U; Q [M, k] of the teacher's log-probabilities at J
-    weighted_sums        a [k, M] = Mᵀ pbar, an edge list by column; on the way back [U, M] = M G, by row
-    gradient             dz = p / τ (back - Σ p back) + grad_nll (p₁ - [label]): a row is read twice in a row and written
-                         once, the second time from its end, which is still in the cache
+    student_statistics   each row's max and 1 / Σ exp, and its label's nll                 logit_rows.py
+    chunk_means          pbar [C, U], and Q [C, k] of the teacher's log-probabilities      chunk_sums.py
+    weighted_sums        a [k, C] = Mᵀ pbarᵀ, by an edge list of columns                   chunk_sums.py
+    compare              kl and agree [C]; chunk_gradient: G [C, k]                        divergence.py
+    weighted_sums        back [U, C] = M Gᵀ, by an edge list of rows
+    gradient             one pass over the student's logits                                logit_rows.py
 
-weighted_sums reads whole lines of chunks per edge, so nothing depends on how edges lie; a column with many edges is cut into
-pieces of PIECE, summed in a second launch. Only [M, U + k] is held beside the gradient. The numbers of edges and of tokens
-in U are read back from the device, once per call.
+A column of many edges is cut into pieces of PIECE, summed by a second launch. Beside the gradient only some [C, U + k] are
+held. The number of edges and the size of U come back from the device, once per call each.
 """
 
 from __future__ import annotations
@@ -20,211 +19,19 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from chassis_kernels import backends
 from chassis_kernels.chunks import COUNT_EPS, only
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.sparse import slice_columns
-from chassis_kernels.triton.shared import LOG2E, launch, online
+from chassis_kernels.triton.chunk_sums import chunk_means, weighted_sums
+from chassis_kernels.triton.divergence import chunk_gradient, compare
+from chassis_kernels.triton.logit_rows import gradient, student_statistics, teacher_statistics
+from chassis_kernels.triton.shared import LOG2E, launch
 
 OP = "projection_kl"
 PIECE = 128
-
-
-@triton.jit
-def student_statistics(
-    logits,  # [N, >= width]
-    chunk,  # [N], -1: not compared
-    labels,  # [N], -1: none; or None
-    row_max,  # [N] out, and the others
-    row_scale,
-    nll,
-    ce_scale,
-    stride,
-    width,
-    scale,  # log2(e) / temperature
-    log2e,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    compared = tl.load(chunk + row) >= 0
-    label = tl.load(labels + row) if labels is not None else -1
-    best, total, total_1 = -float("inf"), 0.0, 0.0
-    p_scale, p_scale_1, value = 0.0, 0.0, 0.0
-    if compared | (label >= 0):
-        for start in range(0, width, BLOCK):
-            o = start + tl.arange(0, BLOCK)
-            b_z = tl.load(logits + row * stride + o, mask=o < width, other=-float("inf")).to(tl.float32)
-            if labels is not None:
-                _, total_1 = online(best, total_1, b_z, log2e)
-            best, total = online(best, total, b_z, scale)
-        p_scale = tl.where(compared, 1 / total, 0.0)
-        if labels is not None:
-            z_label = tl.load(logits + row * stride + tl.maximum(label, 0)).to(tl.float32)
-            value = tl.where(label >= 0, tl.log(total_1) - (z_label - best), 0.0)
-            p_scale_1 = tl.where(label >= 0, 1 / total_1, 0.0)
-    else:
-        best = 0.0
-    tl.store(row_max + row, best)
-    tl.store(row_scale + row, p_scale)
-    if labels is not None:
-        tl.store(nll + row, value)
-        tl.store(ce_scale + row, p_scale_1)
-
-
-@triton.jit
-def teacher_statistics(
-    logits,  # [N, V]
-    chunk,  # [N], -1: not compared
-    columns,  # [size] ids to sum over; or None: all of them
-    inside,  # [V] bool, which ids are in J; or None
-    row_max,  # [N] out, and the others
-    row_scale,  # 1 / Σ exp((z - max) / τ)
-    outside_mass,  # the share of the ids not inside
-    stride,
-    size,
-    scale,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    best, total, rest = -float("inf"), 0.0, 0.0
-    if tl.load(chunk + row) >= 0:
-        for start in range(0, size, BLOCK):
-            o = start + tl.arange(0, BLOCK)
-            m = o < size
-            if columns is not None:
-                place = tl.load(columns + o, mask=m, other=0)
-            else:
-                place = o
-            b_z = tl.load(logits + row * stride + place, mask=m, other=-float("inf")).to(tl.float32)
-            if inside is not None:
-                m_in = tl.load(inside + o, mask=m, other=1).to(tl.int1)
-                b_out = tl.where(m_in, -float("inf"), b_z)
-                new = tl.maximum(best, tl.max(b_z, 0))
-                rest = rest * tl.exp2((best - new) * scale) + tl.sum(tl.exp2((b_out - new) * scale), 0)
-            best, total = online(best, total, b_z, scale)
-        tl.store(row_max + row, best)
-        tl.store(row_scale + row, 1 / total)
-        if inside is not None:
-            tl.store(outside_mass + row, rest / total)
-
-
-@triton.jit
-def chunk_means(
-    logits,  # [N, V]
-    ids,  # [size], which columns of the logits
-    members,  # rows, chunk by chunk
-    first,  # [M + 1], where each chunk's members start
-    row_max,  # [N]
-    row_scale,  # [N]
-    means,  # [M, size] float32, out
-    stride,
-    size,
-    inverse,  # 1 / temperature
-    scale,  # log2(e) / temperature
-    count_eps,
-    LOG: tl.constexpr,  # mean of log-probabilities, else of probabilities
-    BLOCK: tl.constexpr,
-):
-    c = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < size
-    column = tl.load(ids + o, mask=m, other=0)
-    begin, end = tl.load(first + c), tl.load(first + c + 1)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(begin, end):
-        row = tl.load(members + i)
-        b_z = tl.load(logits + row * stride + column, mask=m, other=0.0).to(tl.float32) - tl.load(row_max + row)
-        if LOG:
-            b_sum += b_z * inverse + tl.log(tl.load(row_scale + row))
-        else:
-            b_sum += tl.exp2(b_z * scale) * tl.load(row_scale + row)
-    tl.store(means + c * size + o, b_sum / ((end - begin).to(tl.float32) + count_eps), mask=m)
-
-
-@triton.jit
-def weighted_sums(
-    values,  # [n, M] float32
-    first,  # [S], the edges of each sum
-    last,  # [S]
-    index,  # [E] int32, which row of the values; or None: the edge's own number
-    weights,  # [E] float32; or None: 1
-    sums,  # [S, M] float32, out
-    n_sums,
-    n_chunks,
-    SUMS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    o_s = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
-    o_c = tl.program_id(1).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
-    m_s, m_c = o_s < n_sums, o_c < n_chunks
-    b_first = tl.load(first + o_s, mask=m_s, other=0)
-    b_count = tl.load(last + o_s, mask=m_s, other=0) - b_first
-    b_sum = tl.zeros([SUMS, CHUNKS], tl.float32)
-    for i in range(0, tl.max(b_count, 0)):
-        edge = b_first + i
-        m_e = i < b_count
-        if index is not None:
-            row = tl.load(index + edge, mask=m_e, other=0).to(tl.int64)
-        else:
-            row = edge
-        b_v = tl.load(values + row[:, None] * n_chunks + o_c[None, :], mask=m_e[:, None] & m_c[None, :], other=0.0)
-        if weights is not None:
-            b_v *= tl.load(weights + edge, mask=m_e, other=0.0)[:, None]
-        b_sum += b_v
-    tl.store(sums + o_s[:, None] * n_chunks + o_c[None, :], b_sum, mask=m_s[:, None] & m_c[None, :])
-
-
-@triton.jit
-def gradient(
-    logits,  # [N, >= width]
-    out,  # [N, head], may be the logits
-    chunk,  # [N]
-    slot,  # [width] int32, the place of a token in U, or -1
-    back,  # [M, U] float32
-    row_max,  # [N]
-    row_scale,  # [N], 0: not compared
-    labels,  # [N], or None with the next two
-    ce_scale,  # [N]
-    grad_nll,  # [N]
-    stride,
-    out_stride,
-    width,
-    head,
-    n_used,
-    inverse,  # 1 / temperature
-    scale,  # log2(e) / temperature
-    log2e,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    best, p_scale = tl.load(row_max + row), tl.load(row_scale + row)
-    base = back + tl.maximum(tl.load(chunk + row), 0) * n_used
-    g = tl.load(grad_nll + row) if labels is not None else 0.0
-    compared = tl.where(p_scale != 0, width, 0)  # how many logits have a KL gradient: all or none
-    labelled = tl.where(g != 0, width, 0)
-    b_dot = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, compared, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        place = tl.load(slot + o, mask=o < width, other=-1)
-        b_z = tl.load(logits + row * stride + o, mask=o < width, other=-float("inf")).to(tl.float32)
-        b_back = tl.load(base + place, mask=place >= 0, other=0.0)
-        b_dot += tl.exp2((b_z - best) * scale) * b_back
-    dot = tl.sum(b_dot, 0) * p_scale
-    tiles = tl.cdiv(head, BLOCK)
-    for i in range(0, tiles):
-        o = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        b_z = tl.load(logits + row * stride + o, mask=o < tl.maximum(compared, labelled), other=-float("inf")).to(tl.float32)
-        place = tl.load(slot + o, mask=o < compared, other=-1)
-        b_back = tl.load(base + place, mask=place >= 0, other=0.0)
-        b_p = tl.exp2((b_z - best) * scale) * p_scale * inverse
-        b_grad = tl.where(o < compared, b_p * (b_back - dot), 0.0)
-        if labels is not None:
-            b_p = tl.exp2((b_z - best) * log2e) * tl.load(ce_scale + row)
-            b_grad += tl.where(o < labelled, g * (b_p - tl.where(o == tl.load(labels + row), 1.0, 0.0)), 0.0)
-        tl.store(out + row * out_stride + o, b_grad.to(out.dtype.element_ty), mask=o < head)
 
 
 class Inputs(NamedTuple):
@@ -256,8 +63,8 @@ class Plan(NamedTuple):
 
     student_chunk: Tensor  # [N_s], -1 also for rows of a chunk without teacher rows
     teacher_chunk: Tensor  # [N_t]
-    paired: Tensor  # [M] bool
-    counts: Tensor  # [M] student rows
+    paired: Tensor  # [C] bool
+    counts: Tensor  # [C] student rows
     used: Tensor  # [U] the student tokens that reach J
     slot: Tensor  # [width] int32, the place in U
     by_row: tuple[Tensor, ...]  # first, last, index, weights: from J to U
@@ -268,9 +75,8 @@ class Plan(NamedTuple):
 def projection_kl(*arguments) -> tuple[Tensor, ...]:
     inputs = Inputs(*arguments).contiguous()
     plan = _plan(inputs)
-    nll, row_max, row_scale, ce_scale = _statistics(plan, inputs)
-    r, _, Q = _outcomes(plan, inputs, row_max, row_scale)
-    return *_compare(plan, inputs, r, Q), nll, row_max, row_scale, ce_scale
+    nll, *rows = _statistics(plan, inputs)
+    return *_compare(plan, inputs, _sides(plan, inputs, *rows[:2])), nll, *rows
 
 
 def projection_kl_backward(grad: Tensor, grad_nll: Tensor | None, *arguments) -> Tensor:
@@ -278,7 +84,7 @@ def projection_kl_backward(grad: Tensor, grad_nll: Tensor | None, *arguments) ->
     inputs = Inputs(*arguments).contiguous()
     out = torch.empty(inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device)
     plan, rows = _plan(inputs), (row_max.contiguous(), row_scale.contiguous(), ce_scale.contiguous())
-    _gradient(plan, inputs, out, grad, grad_nll, _outcomes(plan, inputs, *rows[:2]), rows)
+    _gradient(plan, inputs, out, grad, grad_nll, _sides(plan, inputs, *rows[:2]), rows)
     return out
 
 
@@ -286,9 +92,9 @@ def projection_kl_(out: Tensor, weight: Tensor, nll_weight: Tensor | None, *argu
     inputs = Inputs(*arguments).contiguous()
     plan = _plan(inputs)
     nll, *rows = _statistics(plan, inputs)
-    outcomes = r, _, Q = _outcomes(plan, inputs, *rows[:2])
-    kl, agree = _compare(plan, inputs, r, Q)
-    _gradient(plan, inputs, out, weight, nll_weight, outcomes, rows)
+    sides = _sides(plan, inputs, *rows[:2])
+    kl, agree = _compare(plan, inputs, sides)
+    _gradient(plan, inputs, out, weight, nll_weight, sides, rows)
     return kl, agree, nll
 
 
@@ -321,7 +127,7 @@ def _cut(count: Tensor, n_edges: int) -> tuple[Tensor, Tensor, tuple[Tensor, Ten
 
 
 def _sums(values: Tensor, first: Tensor, last: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """Σ weights[e] values[index[e]] over the edges first..last of each sum: [S, M] from values [n, M]."""
+    """Σ weights[e] values[index[e]] over the edges first..last of each sum: [S, C] from values [n, C]."""
     n_sums, n_chunks = len(first), values.shape[1]
     sums = values.new_empty(n_sums, n_chunks)
     launch(
@@ -333,7 +139,7 @@ def _sums(values: Tensor, first: Tensor, last: Tensor, index: Tensor | None = No
 
 
 def _means(logits, ids, chunk, chunks: int, row_max, row_scale, temperature: float, log: bool) -> Tensor:
-    """Per chunk the mean of the (log-)probabilities at `ids`, [M, len(ids)]."""
+    """Per chunk the mean of the (log-)probabilities at `ids`, [C, len(ids)]."""
     chunk, members = torch.sort(chunk, stable=True)
     first = torch.searchsorted(chunk, torch.arange(chunks + 1, device=chunk.device))
     means = row_max.new_empty(chunks, len(ids))
@@ -359,16 +165,16 @@ def _statistics(plan: Plan, inputs: Inputs) -> tuple[Tensor, ...]:
     return nll, row_max, row_scale, ce_scale
 
 
-def _outcomes(plan: Plan, inputs: Inputs, row_max: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """r, its divisor, and Q."""
+def _sides(plan: Plan, inputs: Inputs, row_max: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """a and Q, [C, k], and with the tail Q's last outcome, [C]."""
     of_student = plan.student_chunk, inputs.chunks, row_max, row_scale, inputs.temperature
-    pbar = _means(inputs.student, plan.used, *of_student, log=False)
-    a = _sums(_sums(pbar.t().contiguous(), *plan.by_column), *plan.pieces).t()
-    return *reference.shares(a, inputs.tail), _teacher(plan, inputs)
+    pbar = _means(inputs.student, plan.used, *of_student, log=False).t().contiguous()
+    a = _sums(_sums(pbar, *plan.by_column), *plan.pieces).t().contiguous()
+    return a, *_teacher(plan, inputs)
 
 
-def _teacher(plan: Plan, inputs: Inputs) -> Tensor:
-    """Q, [M, k], or with the tail [M, k + 1]."""
+def _teacher(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Q, and the tail's."""
     teacher, columns, chunks, temperature = inputs.teacher, inputs.columns, inputs.chunks, inputs.temperature
     ids, inside, size = columns, None, len(columns)
     if inputs.tail:
@@ -382,23 +188,31 @@ def _teacher(plan: Plan, inputs: Inputs) -> Tensor:
     )  # fmt: skip
     Q = _means(teacher, columns, plan.teacher_chunk, chunks, row_max, row_scale, temperature, log=True)
     if not inputs.tail:
-        return Q
+        return Q, None
     rest, zero, one = (rest + reference.EPS).log()[:, None], torch.zeros_like(rest), torch.ones_like(rest)
-    return torch.cat([Q, _means(rest, columns.new_zeros(1), plan.teacher_chunk, chunks, zero, one, 1.0, log=True)], 1)
+    return Q, _means(rest, columns.new_zeros(1), plan.teacher_chunk, chunks, zero, one, 1.0, log=True)[:, 0]
 
 
-def _compare(plan: Plan, inputs: Inputs, r: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """kl and agree, [M]."""
-    k = len(inputs.columns)
-    agree = plan.paired & (r[:, :k].argmax(1) == Q[:, :k].argmax(1)) if k else torch.zeros_like(plan.paired)
-    return torch.where(plan.paired, reference.compare(r, Q, inputs.divergence)[0].sum(1), 0.0), agree
+def _compare(plan: Plan, inputs: Inputs, sides: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """kl and agree, [C]."""
+    a, Q, q_tail = sides
+    kl, agree = a.new_empty(inputs.chunks), torch.empty_like(plan.paired)
+    launch(
+        OP, compare, lambda meta: (inputs.chunks,), a.shape[1],
+        a=a, Q=Q, q_tail=q_tail, paired=plan.paired, kl=kl, agree=agree, size=a.shape[1], DIVERGENCE=inputs.divergence,
+    )  # fmt: skip
+    return kl, agree
 
 
-def _gradient(plan, inputs: Inputs, out, grad, grad_nll, outcomes, rows) -> None:
-    """Write the gradient for `grad` [M] and `grad_nll` [N_s] into `out`; `rows` are row_max, row_scale and ce_scale."""
-    (r, total, Q), (row_max, row_scale, ce_scale) = outcomes, rows
-    G = reference.chunk_gradient(r, total, Q, inputs.divergence, inputs.tail, plan.counts, grad)
-    G = torch.where(plan.paired[:, None], G, 0.0)
+def _gradient(plan, inputs: Inputs, out, grad, grad_nll, sides, rows) -> None:
+    """Write the gradient for `grad` [C] and `grad_nll` [N_s] into `out`; `rows` are row_max, row_scale and ce_scale."""
+    (a, Q, q_tail), (row_max, row_scale, ce_scale) = sides, rows
+    G = torch.empty_like(a)
+    launch(
+        OP, chunk_gradient, lambda meta: (inputs.chunks,), a.shape[1],
+        a=a, Q=Q, q_tail=q_tail, paired=plan.paired, counts=plan.counts, grad=grad.float().contiguous(), G=G,
+        size=a.shape[1], count_eps=COUNT_EPS, DIVERGENCE=inputs.divergence,
+    )  # fmt: skip
     back = _sums(G.t().contiguous(), *plan.by_row).t().contiguous()
     student, labels = inputs.student, None if grad_nll is None else inputs.labels
     launch(

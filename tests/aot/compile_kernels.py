@@ -31,8 +31,8 @@ TYPES = {
 # Arguments that choose other constants than an op's example does.
 OTHERWISE = {
     "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
-    "projection_kl": {"labels": None, "tail": False},
-    "projection_kl_backward": {"grad_nll": None, "tail": False},
+    "projection_kl": {"labels": None, "tail": False, "divergence": 0},
+    "projection_kl_backward": {"grad_nll": None, "tail": False, "divergence": 0},
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -63,7 +63,7 @@ def source(kernel, arguments, constants, aligned):
     signature, fixed, multiples = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = constants.get(parameter.name, arguments.get(parameter.name))
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], fixed[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], multiples[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
