@@ -24,7 +24,7 @@ from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import times
 from chassis_kernels.sparse import SparseProjection
 
-CHUNK_TILE = 1 << 22  # values of A_c and B_c together, over all slabs
+CHUNK_TILE = 1 << 20  # values of A_c and B_c together, over all slabs
 
 
 @without_autocast
@@ -132,7 +132,7 @@ class _Job(NamedTuple):
     def top(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x and y [chunks, m], descending; the slab's candidates for x; and where in all slabs' candidates x is."""
         rest = _others(A.shape[1], self.students)
-        own = A[:, rest].topk(min(self.m, len(rest)), 1)
+        own = A[:, rest].topk(min(self.m, len(rest)), 1, sorted=False)
         padded = torch.full((len(A), self.m), -torch.inf, dtype=A.dtype, device=A.device)
         padded[:, : own.values.shape[1]] = own.values
         x = self.parallel.vocab_gather(padded).topk(self.m, 1)

@@ -44,6 +44,6 @@ class _NLL(torch.autograd.Function):
         for tile in tiles(rows, logits.shape[1]):
             p = stats.softmax(logits[tile].to(grad.dtype), tile, 1.0)
             here = (label[tile] >= 0).nonzero()[:, 0]
-            p[here, label[tile[here]]] -= 1
+            p[here, label[tile][here]] -= 1
             out[tile] = (p * grad[tile, None]).to(out.dtype)
         return out, None, None, None

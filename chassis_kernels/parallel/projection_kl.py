@@ -15,7 +15,7 @@ from torch import Tensor
 from chassis_kernels.chunks import COUNT_EPS, Chunks, layout
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.parallel.next_token import next_token_nll
-from chassis_kernels.parallel.rows import RowStats, row_stats, tiles, top_columns
+from chassis_kernels.parallel.rows import Rows, RowStats, row_stats, tiles, top_columns
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import Edges, SparseProjection
@@ -49,13 +49,12 @@ def loss(
     if columns is None:
         columns = top_columns(teacher, None if column_mask is None else column_mask.flatten(), vocab_topk, dtype, parallel)
     edges, k = slab_edges(projection.slice(columns), spread.slab(logits)), len(columns)
-    a = _ProjectedMeans.apply(logits.flatten(0, 1), *edges, plan.student, plan.student_count, k, temperature, spread)
     Q = _teacher_means(teacher, columns, plan, temperature, tail, dtype, parallel)
-    r = reference.shares(a, tail)[0]
-    kl = reference.compare(r, Q, reference.DIVERGENCES.index(divergence))[0].sum(1)
-    agree = plan.paired & (r[:, :k].argmax(1) == Q[:, :k].argmax(1)) if k else torch.zeros_like(plan.paired)
+    options = k, float(temperature), reference.DIVERGENCES.index(divergence), tail, spread
+    rows = plan.student, plan.student_count, plan.paired
+    kl, agree = _ProjectionKL.apply(logits.flatten(0, 1), *edges, *rows, Q, *options)
     total = reference.weighted_sum(kl, reference.chunk_weights(plan, temperature, denominator))
-    stats = reference.stats(plan, torch.where(plan.paired, kl, 0.0), agree, chunks, columns)
+    stats = reference.stats(plan, kl, agree, chunks, columns)
     if labels is not None:
         nll, correct = next_token_nll(logits, labels, spread)
         stats = stats._replace(nll=nll, correct=correct)
@@ -71,34 +70,42 @@ def slab_edges(edges: Edges, slab: range) -> Edges:
     return Edges(rows - slab.start, positions, weights)
 
 
-class _ProjectedMeans(torch.autograd.Function):
-    """a [M, k]: per chunk, the mean of its rows' softmax(z / τ), projected onto the columns J."""
+class _ProjectionKL(torch.autograd.Function):
+    """kl [M] and agree [M] bool. Saved besides the inputs: each row's (max, Σ exp), and G [M, k] for an upstream of 1."""
 
     @staticmethod
-    def forward(ctx, logits, rows, positions, weights, chunk, count, k, temperature, parallel):
-        dtype = compute_dtype(logits)
-        edges, kept = Edges(rows, positions, weights.to(dtype)), (chunk >= 0).nonzero()[:, 0]
-        stats = row_stats(logits, kept, temperature, dtype, parallel)
-        a = torch.zeros(len(count), k, dtype=dtype, device=logits.device)
+    def forward(ctx, logits, rows, positions, weights, chunk, count, paired, Q, k, temperature, divergence, tail, parallel):
+        edges, kept = Edges(rows, positions, weights.to(Q.dtype)), (chunk >= 0).nonzero()[:, 0]
+        stats = row_stats(logits, kept, temperature, Q.dtype, parallel)
+        a = torch.zeros(len(count), k, dtype=Q.dtype, device=logits.device)
         for tile in tiles(kept, max(logits.shape[1], k, len(rows))):
-            p = stats.softmax(logits[tile].to(dtype), tile, temperature)
+            p = stats.softmax(logits[tile].to(Q.dtype), tile, temperature)
             a.index_add_(0, chunk[tile], reference.project(p, edges, k))
-        a /= (count.to(dtype) + COUNT_EPS)[:, None]
-        ctx.save_for_backward(logits, *edges, chunk, count, *stats)
+        a /= count.to(Q.dtype)[:, None] + COUNT_EPS
+        G = parallel.sequence_sum(parallel.vocab_sum(a))  # until it becomes G, a
+        kl, agree = torch.zeros_like(Q[:, :1].sum(1)), torch.zeros_like(paired)
+        for tile in tiles(paired.nonzero()[:, 0], k):
+            (r, total), q = reference.shares(G[tile], tail), Q[tile]
+            kl[tile] = reference.compare(r, q, divergence)[0].sum(1)
+            agree[tile] = r[:, :k].argmax(1) == q[:, :k].argmax(1) if k else False
+            one = torch.ones_like(kl[tile])
+            G[tile] = reference.chunk_gradient(r, total, q, divergence, tail, count[tile], one)
+        ctx.save_for_backward(logits, *edges, chunk, G, *stats)
         ctx.temperature, ctx.parallel = temperature, parallel
-        return parallel.sequence_sum(parallel.vocab_sum(a))
+        ctx.mark_non_differentiable(agree)
+        return kl, agree
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        logits, rows, positions, weights, chunk, count, *stats = ctx.saved_tensors
+    def backward(ctx, grad, _):
+        logits, rows, positions, weights, chunk, G, *stats = ctx.saved_tensors
         stats, temperature, kept = RowStats(*stats), ctx.temperature, (chunk >= 0).nonzero()[:, 0]
-        G = grad / (count.to(grad.dtype) + COUNT_EPS)[:, None]
         dot = torch.zeros_like(stats.sum)
 
-        def parts(tile: Tensor) -> tuple[Tensor, Tensor]:
-            p = stats.softmax(logits[tile].to(grad.dtype), tile, temperature)
-            return p, torch.zeros_like(p).index_add(1, rows, G[chunk[tile]][:, positions] * weights)
+        def parts(tile: Rows) -> tuple[Tensor, Tensor]:
+            p, upstream = stats.softmax(logits[tile].to(G.dtype), tile, temperature), grad[chunk[tile], None]
+            slope = torch.where(upstream != 0, G[chunk[tile]] * upstream, 0.0)
+            return p, torch.zeros_like(p).index_add(1, rows, slope[:, positions] * weights)
 
         width = max(logits.shape[1], len(rows))
         for tile in tiles(kept, width):
@@ -109,7 +116,7 @@ class _ProjectedMeans(torch.autograd.Function):
         for tile in tiles(kept, width):
             p, back = parts(tile)
             out[tile] = (p * (back - dot[tile, None]) / temperature).to(out.dtype)
-        return out, *(None,) * 8
+        return out, *(None,) * 12
 
 
 def _teacher_means(teacher, columns, plan, temperature, tail, dtype, parallel) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.reference import projection_kl as reference
 
-TILE = 1 << 20  # values of a tile: what a stage may hold besides its inputs and outputs
+TILE = {"cpu": 1 << 16}  # values of a tile: a few of them stay in a core's cache
+LARGE_TILE = 1 << 24  # elsewhere: enough to fill a device
+Rows = Tensor | slice  # row numbers [n] int64, or consecutive rows
 
 
 class RowStats(NamedTuple):
@@ -20,22 +22,28 @@ class RowStats(NamedTuple):
     max: Tensor  # [N]
     sum: Tensor  # [N]
 
-    def log_softmax(self, z: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    def log_softmax(self, z: Tensor, rows: Rows, temperature: float) -> Tensor:
         """log_softmax(z / τ) of the rows [n] whose logits, or a slab of them, are z [n, W]."""
         return (z - self.max[rows, None]) / temperature - self.sum[rows, None].log()
 
-    def softmax(self, z: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    def softmax(self, z: Tensor, rows: Rows, temperature: float) -> Tensor:
         return ((z - self.max[rows, None]) / temperature).exp() / self.sum[rows, None]
 
 
-def tiles(rows: Tensor, width: int) -> Iterator[Tensor]:
-    """The row numbers [N] in tiles of at most TILE values of `width`, at least one row."""
-    return iter(rows.split(max(1, TILE // max(1, width)))) if len(rows) else iter(())
+def tiles(rows: Tensor, width: int) -> Iterator[Rows]:
+    """The row numbers [N] in tiles of at most TILE values of `width`, at least one row.
+
+    On a CPU consecutive rows come as a slice: reading them makes no copy. Elsewhere asking would wait for the device.
+    """
+    step = max(1, TILE.get(rows.device.type, LARGE_TILE) // max(1, width))
+    for tile in rows.split(step) if len(rows) else ():
+        consecutive = rows.device.type == "cpu" and bool((tile.diff() == 1).all())
+        yield slice(int(tile[0]), int(tile[-1]) + 1) if consecutive else tile
 
 
-def take(logits: Tensor, rows: Tensor, columns: Tensor | slice) -> Tensor:
-    """A copy of the block logits[rows, columns]."""
-    return logits[rows, columns] if isinstance(columns, slice) else logits[rows[:, None], columns]
+def block(rows: Rows, columns: Rows) -> tuple[Rows, Rows]:
+    """The index of all these columns in all these rows."""
+    return (rows, columns) if isinstance(rows, slice) or isinstance(columns, slice) else (rows[:, None], columns)
 
 
 def row_stats(
@@ -44,7 +52,7 @@ def row_stats(
     temperature: float,
     dtype: torch.dtype,
     parallel: Parallel,
-    columns: Tensor | slice = slice(None),
+    columns: Rows = slice(None),
 ) -> RowStats:
     """Of the rows `rows` of logits within columns, [N]; 0 and 1 for the other rows."""
     best = torch.zeros(len(logits), dtype=dtype, device=logits.device)
@@ -52,7 +60,7 @@ def row_stats(
     best[rows], total[rows] = -torch.inf, 0.0
     width = logits.shape[1] if isinstance(columns, slice) else len(columns)
     for tile in tiles(rows, width) if width else ():
-        z = take(logits, tile, columns).to(dtype)
+        z = logits[block(tile, columns)].to(dtype)
         best[tile] = own = z.amax(1)
         total[tile] = ((z - torch.where(own == -torch.inf, 0.0, own)[:, None]) / temperature).exp().sum(1)
     if parallel.vocab_shards == 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
-from chassis_kernels.parallel.rows import RowStats, row_stats, take, tiles, top_columns
+from chassis_kernels.parallel.rows import Rows, RowStats, block, row_stats, tiles, top_columns
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.reference.projection_kl import times
 from chassis_kernels.reference.token_kl import TOKENS_EPS
@@ -58,19 +58,20 @@ class _Job(NamedTuple):
     dtype: torch.dtype
     parallel: Parallel
 
-    def own(self) -> tuple[Tensor | slice, Tensor | slice]:
+    def own(self) -> tuple[Rows, Rows]:
         """The slab's columns of J, counted from its first, and of the teacher."""
         if self.columns is None:
             return slice(None), slice(self.slab.start, self.slab.stop)
         own = self.columns[(self.columns >= self.slab.start) & (self.columns < self.slab.stop)]
         return own - self.slab.start, own
 
-    def tiles(self, student: Tensor, teacher: Tensor, stats: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def tiles(self, student: Tensor, teacher: Tensor, stats: list[Tensor]) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         """Rows, and their log-probabilities of student and teacher at the slab's columns of J."""
-        stats, own = (RowStats(*stats[:2]), RowStats(*stats[2:])), self.own()
+        p_stats, q_stats = RowStats(*stats[:2]), RowStats(*stats[2:])
+        own, its = self.own()
         for tile in tiles(self.rows, len(self.slab)):
-            z = (take(logits, tile, columns).to(self.dtype) for logits, columns in zip((student, teacher), own, strict=True))
-            yield tile, *(its.log_softmax(part, tile, self.temperature) for its, part in zip(stats, z, strict=True))
+            z, y = student[block(tile, own)].to(self.dtype), teacher[block(tile, its)].to(self.dtype)
+            yield tile, p_stats.log_softmax(z, tile, self.temperature), q_stats.log_softmax(y, tile, self.temperature)
 
 
 class _TokenKL(torch.autograd.Function):
@@ -100,8 +101,5 @@ class _TokenKL(torch.autograd.Function):
             p = log_p.exp()
             part = times(p, log_p - log_q - kl[tile, None]) if job.reverse else p - log_q.exp()
             part = (part * (grad[tile, None] / job.temperature)).to(out.dtype)
-            if isinstance(own, slice):
-                out[tile] = part
-            else:
-                out[tile[:, None], own] = part
+            out[block(tile, own)] = part
         return out, None, None
