@@ -6,6 +6,7 @@ What this shows: the arithmetic, the indices and the barriers are right. What it
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import shutil
 import subprocess
 import sysconfig
@@ -205,15 +206,16 @@ def test_a_missing_extension_is_named(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnDevice:
-    """The same kernels as machine code. J is given: no CUDA kernel chooses it."""
+    """The same kernels, and Triton's, as machine code. J is given: no CUDA kernel chooses it."""
 
-    @pytest.fixture(autouse=True, params=range(max(1, torch.cuda.device_count())))
+    @pytest.fixture(autouse=True, params=itertools.product(("cuda", "triton"), range(max(1, torch.cuda.device_count()))))
     def place(self, request):
         """Each device in turn, while the first one is current."""
-        if reason := backends.why_not("projection_kl", "cuda", "cuda"):
+        backend, device = request.param
+        if reason := backends.why_not("projection_kl", backend, "cuda"):
             pytest.skip(reason)
-        self.device = torch.device("cuda", request.param)
-        with torch.cuda.device(0), backends.use_backend("cuda"):
+        self.device = torch.device("cuda", device)
+        with torch.cuda.device(0), backends.use_backend(backend):
             yield
 
     def problem(self, *shape, dtype=torch.float32, topk, **options):

@@ -17,6 +17,7 @@ from chassis_kernels.triton import tuning
 KERNELS = Path(tuning.__file__).parent
 WITH_TRITON = sorted(name for name, op in backends.OPS.items() if "triton" in op.implementations)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 needs_triton = pytest.mark.skipif(
     not backends.have_triton() or (DEVICE == "cpu" and not backends.interpreting()), reason="no triton to run kernels with"
 )
