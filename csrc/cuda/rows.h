@@ -2,15 +2,12 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cfloat>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
-#include "cuda/ops.h"
+#include "cuda/launch.h"
 
 namespace chassis {
 namespace cuda {
@@ -18,11 +15,6 @@ namespace cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-}
-
-constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 __device__ inline float to_float(float x) { return x; }

@@ -1,5 +1,6 @@
 // The extension chassis_kernels._CUDA with every kernel run on the host, and what its emulated device is.
 #include "cuda/projection_kl.cu"
+#include "cuda/slice.cu"
 
 namespace chassis {
 namespace cuda {
