@@ -35,6 +35,8 @@ gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "gpu-check: $(PYTHON) finds no CUDA device: it needs a GPU, its driver and a torch built for CUDA"; exit 1; }
 	@$(PYTHON) setup.py --quiet build_ext --inplace || echo "gpu-check: the C++ kernels are not built; going on without them"
+	@$(PYTHON) -c 'from chassis_kernels import backends as b; \
+	  print("gpu-check: the CUDA kernels are", "built" if b._CUDA else f"not built: {b._CUDA_ERROR}")'
 	@export PYTHONPATH="$(CURDIR):$(CURDIR)/python" && mkdir -p "$(GPU_OUT)" && tests=0 && \
 	  { timeout 240 $(PYTHON) -m pytest -m gpu || tests=$$?; } && \
 	  $(PYTHON) benchmarks/run.py --quick --minutes 4 --json --out "$(GPU_OUT)/gpu.jsonl" --plot && \
