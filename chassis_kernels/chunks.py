@@ -63,8 +63,8 @@ def layout(
         raise ValueError("chunks of a sharded sequence must be shifted before they are sharded: Chunks.shift")
     slots, shifted = chunks.valid.shape[1], chunks.shift()
     student, teacher = (_flat(ids, slots) for ids in (shifted.student, shifted.teacher))
-    counts = torch.stack([_count(ids, chunks.valid.numel()) for ids in (student, teacher)])
-    n_student, n_teacher = parallel.sequence_sum(counts)
+    found = torch.stack([counts(ids, chunks.valid.numel()) for ids in (student, teacher)])
+    n_student, n_teacher = parallel.sequence_sum(found)
     paired = (chunks.valid & chunks.correct if exact_only else chunks.valid).flatten()
     paired = paired & (n_student > 0) & (n_teacher > 0)
     weight = paired.to(dtype)
@@ -111,6 +111,12 @@ def check_chunks(
         raise ValueError(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({batch},)")
 
 
+def check_temperature(temperature: float) -> None:
+    """ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a positive number")
+
+
 def chunk_means(rows: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     """Mean of the rows [N, W] of each chunk, [M, W]: the sum over (count + 1e-10)."""
     sums = rows.new_zeros(len(counts), rows.shape[1])
@@ -130,9 +136,10 @@ def _flat(ids: Tensor, slots: int) -> Tensor:
     return torch.where(ids >= 0, ids + first, -1).flatten()
 
 
-def _count(ids: Tensor, chunks: int) -> Tensor:
-    counts = torch.zeros(chunks + 1, dtype=torch.int64, device=ids.device)
-    return counts.index_add(0, ids + 1, torch.ones_like(ids))[1:]
+def counts(ids: Tensor, chunks: int) -> Tensor:
+    """Rows per chunk, [M] int64."""
+    total = torch.zeros(chunks + 1, dtype=torch.int64, device=ids.device)
+    return total.index_add(0, ids + 1, torch.ones_like(ids))[1:]
 
 
 def only(ids: Tensor, kept: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
-from chassis_kernels.chunks import Chunks, check_chunks, layout
+from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
 from chassis_kernels.grad_buffer import check_buffer, hand_over
 from chassis_kernels.parallel import gold_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
@@ -59,8 +59,7 @@ def gold_kl(
     if student_logits.dim() == 3 and parallel.head(student_logits) != size:
         raise ValueError(f"student_logits have {parallel.head(student_logits)} columns, expected the projection's {size}")
     check_chunks(student_logits, teacher_logits, projection.shape, chunks, sample_mask, parallel)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    check_temperature(temperature)
     if uncommon_topk < 0:
         raise ValueError(f"uncommon_topk is {uncommon_topk}: expected 0 or more")
     options = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
-from chassis_kernels.chunks import Chunks, check_chunks, layout
+from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
 from chassis_kernels.parallel import projection_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.parallel.next_token import next_token_nll
@@ -153,8 +153,7 @@ def _top(teacher: Tensor, keep: Tensor | None, k: int) -> Tensor:
 
 
 def _check(teacher, projection, temperature, vocab_topk, divergence, column_mask, columns) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    check_temperature(temperature)
     if vocab_topk < 1:
         raise ValueError(f"vocab_topk is {vocab_topk}: expected at least 1")
     if divergence not in DIVERGENCES:

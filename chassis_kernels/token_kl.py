@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import backends
+from chassis_kernels.chunks import check_temperature
 from chassis_kernels.grad_buffer import check_buffer, hand_over
 from chassis_kernels.parallel import token_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
@@ -102,8 +103,7 @@ def _check(student, teacher, mask, temperature, vocab_topk, column_mask, paralle
         raise ValueError(
             f"column_mask is {column_mask.dtype} {tuple(column_mask.shape)}, expected torch.bool {tuple(student.shape[:2])}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    check_temperature(temperature)
     if vocab_topk is not None and vocab_topk < 1:
         raise ValueError(f"vocab_topk is {vocab_topk}: expected at least 1")
 

@@ -1,13 +1,10 @@
 """gold_kl: every backend against float64 autograd through the eager definition."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import rerun_on
 
 from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks
@@ -202,18 +199,7 @@ def test_masked_samples_do_not_count(backend):
 @pytest.mark.skipif("cpu" not in HAVE, reason="the C++ extension is not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa):
-    code = """
-from test_gold_kl import check, problem
-from chassis_kernels import backends
-with backends.use_backend("cpu"):
-    for reverse in (False, True):
-        check(*problem(2, 20, 20, 1333, 777, 9), reverse=reverse, temperature=2.0, uncommon_topk=300)
-"""
-    environment = {**os.environ, "CHASSIS_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "not available on this processor" in done.stderr:
-        pytest.skip(f"no {isa} here")
-    assert done.returncode == 0, done.stderr
+    rerun_on(isa, __file__, "(wide or half or minus_infinity or upstream or chunk_before) and not reference")
 
 
 def test_what_does_not_fit_is_refused():

@@ -473,7 +473,7 @@ def test_threads_do_not_change_a_bit(backend):
 @pytest.mark.skipif("cpu" not in HAVE, reason="the C++ extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_beside_the_gradient_is_a_tenth_of_the_logits(dtype):
-    p = problem(1, 256, 256, 16000, 20000, 4, 150, 4096, labelled=True).to(dtype)
+    p = problem(1, 256, 256, 32000, 20000, 4, 150, 4096, labelled=True).to(dtype)
     p.projection.columns  # noqa: B018 - kept by the projection
     before, unit, buffer = torch.get_num_threads(), 4 * p.student.numel(), torch.zeros_like(p.student)
     try:

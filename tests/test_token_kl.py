@@ -1,13 +1,10 @@
 """token_kl: every backend against float64 autograd through the eager definition."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import rerun_on
 
 from chassis_kernels import backends
 from chassis_kernels.reference import token_kl as reference
@@ -171,21 +168,7 @@ def test_second_backward_and_upstream(backend):
 @pytest.mark.skipif("cpu" not in HAVE, reason="the C++ extension is not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa):
-    code = """
-import torch
-from test_token_kl import check, problem
-from chassis_kernels import backends
-with backends.use_backend("cpu"):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for reverse in (False, True):
-            for topk in (None, 301):
-                check(*problem(2, 9, 1333, 2, dtype), reverse=reverse, temperature=2.0, vocab_topk=topk)
-"""
-    environment = {**os.environ, "CHASSIS_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "not available on this processor" in done.stderr:
-        pytest.skip(f"no {isa} here")
-    assert done.returncode == 0, done.stderr
+    rerun_on(isa, __file__, "(value_and or minus_infinity or buffer) and not reference")
 
 
 def test_what_does_not_fit_is_refused():

@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, layout, only
+from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, counts, layout, only
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
-from chassis_kernels.reference.projection_kl import counts, times
+from chassis_kernels.reference.projection_kl import times
 from chassis_kernels.sparse import SparseProjection
 
 

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, layout, only
+from chassis_kernels.chunks import COUNT_EPS, Chunks, Layout, chunk_means, counts, layout, only
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 from chassis_kernels.sparse import Edges, SparseProjection, slice_columns
 
@@ -298,9 +298,3 @@ def weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
 def times(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0 even if x is infinite."""
     return torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, x))
-
-
-def counts(ids: Tensor, chunks: int) -> Tensor:
-    """Rows per chunk, [M] int64."""
-    total = torch.zeros(chunks + 1, dtype=torch.int64, device=ids.device)
-    return total.index_add(0, ids + 1, torch.ones_like(ids))[1:]

@@ -54,6 +54,10 @@ struct Edges {
     for (int64_t j = 0; j < in.k; ++j)
       for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e)
         all[next[in.rows[e]]++] = {in.rows[e], int32_t(j), in.weights[e]};
+    int64_t filled = 0;
+    for (int64_t s = 0, from = 0; s < in.width; from = next[s++]) filled += next[s] > from;
+    first.reserve(filled);
+    rest.reserve(all.size() - filled);
     for (size_t i = 0; i < all.size(); ++i) (i == 0 || all[i].row != all[i - 1].row ? first : rest).push_back(all[i]);
   }
 

@@ -42,7 +42,7 @@ inline uint32_t ordered(float x) {
 }
 
 // The bucket, from the last one down, in which the k-th entry lies; k becomes its place within the bucket.
-uint32_t bucket_of(const std::vector<int64_t>& counts, int64_t& k) {
+uint32_t bucket_of(const std::vector<int32_t>& counts, int64_t& k) {
   uint32_t bucket = uint32_t(counts.size()) - 1;
   for (; k > counts[bucket]; --bucket) k -= counts[bucket];
   return bucket;
@@ -62,7 +62,7 @@ void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* 
       column_maxima(x + from, logits.stride, rows, std::min(kColumns, logits.cols - from), best.data() + from);
     });
   // The k-th largest by its leading, then its trailing 16 bits.
-  std::vector<int64_t> counts(1 << 16);
+  std::vector<int32_t> counts(1 << 16);
   for (float x : best) ++counts[ordered(x) >> 16];
   int64_t ties = k;
   const uint32_t leading = bucket_of(counts, ties);
