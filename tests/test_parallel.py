@@ -6,8 +6,19 @@ import time
 import pytest
 import torch
 from parallel_ranks import SHAPES, checks, main, problem
+from support import LiveMemory
 
-from chassis_kernels import Parallel, TeacherBatch, TeacherConfig, XTokenConfig, projection_kl, xtoken_loss
+from chassis_kernels import (
+    Chunks,
+    Parallel,
+    SparseProjection,
+    TeacherBatch,
+    TeacherConfig,
+    XTokenConfig,
+    projection_kl,
+    token_kl,
+    xtoken_loss,
+)
 
 LIMIT = 150  # seconds; a deadlock ends here
 
@@ -78,3 +89,25 @@ def test_whole_logits_only():
     with pytest.raises(ValueError, match="eager=True is for logits that are whole"):
         options = {"token_mask": p.mask, "labels": p.labels, "eager": True, "parallel": parallel}
         xtoken_loss(p.student, [TeacherBatch(p.same)], config, **options)
+
+
+@pytest.mark.parametrize("name", ["projection_kl", "token_kl"])
+def test_memory_is_the_gradient_and_tiles(name, monkeypatch):
+    """Neither forward nor backward holds the size of the logits besides the gradient: a fifth of it is left for tiles."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+    rows, width = 1024, 4000
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(1, rows, width, generator=g, requires_grad=True)
+    parallel = Parallel(Group(0, 2), vocab_size=2 * width)
+    teacher = torch.randn(1, rows, 2 * width, generator=g)
+    ids = torch.arange(rows)[None] // 8
+    chunks = Chunks(ids, ids, torch.ones(1, rows // 8, dtype=torch.bool))
+    projection = SparseProjection(torch.arange(2 * width)[:, None], torch.ones(2 * width, 1), 2 * width)
+    with LiveMemory() as memory:
+        if name == "projection_kl":
+            loss, _ = projection_kl(student, teacher, projection, chunks, vocab_topk=100, parallel=parallel)
+        else:
+            loss = token_kl(student, teacher, torch.ones(1, rows), vocab_topk=100, n_tokens=rows, parallel=parallel)
+        loss.backward()
+    given = sum(t.nbytes for t in (student, teacher) if (t.untyped_storage()._cdata in memory.known))
+    assert memory.peak - given <= 1.2 * student.nbytes

@@ -81,15 +81,16 @@ class _ProjectionKL(torch.autograd.Function):
         for tile in tiles(kept, max(logits.shape[1], k, len(rows))):
             p = stats.softmax(logits[tile].to(Q.dtype), tile, temperature)
             a.index_add_(0, chunk[tile], reference.project(p, edges, k))
-        a /= count.to(Q.dtype)[:, None] + COUNT_EPS
+        divisor = count.to(Q.dtype)[:, None] + COUNT_EPS
+        a /= divisor
         G = parallel.sequence_sum(parallel.vocab_sum(a))  # until it becomes G, a
         kl, agree = torch.zeros_like(Q[:, :1].sum(1)), torch.zeros_like(paired)
         for tile in tiles(paired.nonzero()[:, 0], k):
             (r, total), q = reference.shares(G[tile], tail), Q[tile]
-            kl[tile] = reference.compare(r, q, divergence)[0].sum(1)
+            terms, g = reference.compare(r, q, divergence)
+            kl[tile] = terms.sum(1)
             agree[tile] = r[:, :k].argmax(1) == q[:, :k].argmax(1) if k else False
-            one = torch.ones_like(kl[tile])
-            G[tile] = reference.chunk_gradient(r, total, q, divergence, tail, count[tile], one)
+            G[tile] = reference.pull_back(g, r, total, tail) / divisor[tile]
         ctx.save_for_backward(logits, *edges, chunk, G, *stats)
         ctx.temperature, ctx.parallel = temperature, parallel
         ctx.mark_non_differentiable(agree)

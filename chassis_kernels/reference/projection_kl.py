@@ -205,9 +205,7 @@ def projection_kl_backward(
     Q = chunk_means(log_teacher(teacher, len(start) - 1, columns, temperature, tail, z.dtype), teacher_chunk, n_teacher)
     r, total = shares(a, tail)
     g = compare(r, Q, divergence)[1]
-    G = (g - (g * r).sum(1, keepdim=True)) / total / (n_student.to(z.dtype) + COUNT_EPS)[:, None]
-    if tail:
-        G = G[:, :-1] - torch.where(r[:, -1:] > 0, G[:, -1:], 0.0)
+    G = pull_back(g, r, total, tail) / (n_student.to(z.dtype) + COUNT_EPS)[:, None]
     paired = (n_student > 0) & (n_teacher > 0) & (grad != 0)
     G = torch.where(paired[:, None], G * grad.to(z.dtype)[:, None], 0.0)
     back = G.new_zeros(chunks, width)
@@ -246,6 +244,12 @@ def compare(r: Tensor, Q: Tensor, divergence: int) -> tuple[Tensor, Tensor]:
     m = (u + v) / 2
     slope = (u / m).log() / 2
     return u * slope + v * (v / m).log() / 2, slope
+
+
+def pull_back(g: Tensor, r: Tensor, total: Tensor, tail: bool) -> Tensor:
+    """dKL/da [M, k] from g = dKL/dr and what `shares` gave."""
+    G = (g - (g * r).sum(1, keepdim=True)) / total
+    return G[:, :-1] - torch.where(r[:, -1:] > 0, G[:, -1:], 0.0) if tail else G
 
 
 def log_teacher(teacher: Tensor, size: int, columns: Tensor, temperature: float, tail: bool, dtype: torch.dtype) -> Tensor:
