@@ -7,7 +7,11 @@ from pathlib import Path
 
 LABELS = {"N": "rows N", "T": "positions T", "V": "vocabulary V", "V_s": "student vocabulary V_s", "D": "width D"}
 FOLLOWS = {"D": "T", "V_s": "V_t"}  # sizes that move together where they are equal
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>"
+OURS, OTHERS = (
+    ("tab:blue", "tab:cyan", "tab:purple", "tab:green"),
+    ("tab:gray", "tab:orange", "tab:red", "tab:brown", "tab:olive"),
+)
 
 
 def plot(rows: list[dict], out: Path) -> list[Path]:
@@ -29,7 +33,7 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
     """Time and peak memory over the size `name`, for the largest family of float32 rows that differs in it alone."""
     families = defaultdict(list)
     for row in rows:
-        if name in row["shape"] and row["dtype"] == "fp32":
+        if row["shape"].get(name) and row["dtype"] == "fp32":
             follower = FOLLOWS.get(name)
             same = {name, follower} if row["shape"].get(follower) == row["shape"][name] else {name}
             families[tuple((key, value) for key, value in row["shape"].items() if key not in same)].append(row)
@@ -37,19 +41,52 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
     if len({row["shape"][name] for row in best}) < 2:
         return []
     figure, axes = _axes(2)
-    for provider in dict.fromkeys(row["provider"] for row in best):
+    colours = _colours(best)
+    for provider, colour in colours.items():
         line = sorted((row for row in best if row["provider"] == provider), key=lambda row: row["shape"][name])
         sizes = [row["shape"][name] for row in line]
-        (drawn,) = axes[0].plot(sizes, [row["median_ms"] for row in line], marker="o", label=provider)
-        axes[0].fill_between(
-            sizes, [row["p20_ms"] for row in line], [row["p80_ms"] for row in line], color=drawn.get_color(), alpha=0.2, lw=0
-        )
-        axes[1].plot(sizes, [row["peak_bytes"] / 2**20 for row in line], marker="o", label=provider)
+        low, high = ([row[key] for row in line] for key in ("p20_ms", "p80_ms"))
+        axes[0].plot(sizes, [row["median_ms"] for row in line], marker="o", color=colour, label=provider)
+        axes[0].fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
+        axes[1].plot(sizes, [max(row["peak_bytes"], 1 << 12) / 2**20 for row in line], marker="o", color=colour)
+    ticks = sorted({row["shape"][name] for row in best})
     for axis, what in zip(axes, ("median ms, band p20 to p80", "peak MiB beyond the inputs"), strict=True):
-        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log" if axis is axes[0] else "linear")
+        _proportional(axis, ticks)
+        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log")
+        axis.set_xticks(ticks, ticks, minor=False)
+        axis.minorticks_off()
+        _plain(axis.yaxis)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    return _save(figure, f"{best[0]['op']}, fp32", path)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    fixed = " ".join(f"{key}={value}" for key, value in best[0]["shape"].items() if key not in (name, FOLLOWS.get(name)))
+    return _save(figure, f"{best[0]['op']}, fp32, {fixed}; dotted: proportional to {name}", path)
+
+
+def _colours(rows: list[dict]) -> dict[str, str]:
+    """Blues for ours, the same for a provider whatever else is in the picture beside it."""
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    ours = [name for name in names if name.startswith("chassis")]
+    others = [name for name in names if name not in ours]
+    return {
+        name: colours[i % len(colours)]
+        for group, colours in ((ours, OURS), (others, OTHERS))
+        for i, name in enumerate(group)
+    }
+
+
+def _proportional(axis, sizes: list[int]) -> None:
+    """A dotted line of slope one from the first provider's first point: what is linear in the size runs along it."""
+    start = axis.get_lines()[0].get_ydata()[0]
+    axis.plot(sizes, [start * size / sizes[0] for size in sizes], "k:", lw=1)
+
+
+def _plain(axis) -> None:
+    """Ticks at 1, 2 and 5 in each decade, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _ratios(rows: list[dict], path: Path) -> list[Path]:
@@ -91,6 +128,8 @@ def _roofline(rows: list[dict], path: Path) -> list[Path]:
             axis.axhline(rate / 1e9, color="black", lw=0.8, ls="--")
             axis.text(min(xs, default=1), rate / 1e9, name, fontsize=7, va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="useful operations a byte", ylabel="useful GFLOP/s")
+    _plain(axis.xaxis), _plain(axis.yaxis)
+    axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axis.legend(unique.values(), unique.keys(), fontsize=7)
