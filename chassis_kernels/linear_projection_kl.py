@@ -21,7 +21,7 @@ from chassis_kernels.reference.projection_kl import DIVERGENCES, chunk_weights, 
 from chassis_kernels.sparse import SparseProjection, take_columns
 from chassis_kernels.teacher import Operands, Teacher, logits_shaped, operands
 
-BLOCK_ROWS = (96, 240)  # whose logits exist at a time: at least, at most; between them a fifth of all rows
+BLOCK_ROWS = (96, 256)  # whose logits exist at a time: at least, at most; between them a quarter of all rows
 RESTRICT_BELOW = 0.9  # share of touched rows of W from which on leaving out the others does not pay
 
 _ops = torch.ops.chassis
@@ -70,8 +70,8 @@ def linear_projection_kl(
     and float16 (float64: reference backend). Gradients are summed in float32 and rounded to their input's dtype once. Labels
     without label_weight cost a fourth product, in the backward pass: their gradient is not known before.
 
-    Memory besides the gradients: the float32 logits of a block of rows, [a fifth of the rows that count, at least 96 and at
-    most 240, or the longest chunk; V_s], a few MiB a thread, and float32 sums where a gradient is narrower.
+    Memory besides the gradients: float32 logits [rows, V_s] of a quarter of the rows, at least 96 and at most 256, plus what
+    completes a chunk; a few MiB a thread; float32 sums where a gradient is narrower. With a softcap twice these logits.
 
     restrict: where every chunk holds one student token, and there are neither tail nor labels, the loss needs the logits of
     those tokens alone that project into J; the rest of the softmax cancels in r = a / (Σa + ε), up to ε = 1e-10. Left out,
@@ -266,7 +266,7 @@ def _call(inputs, result, upstream=(None, None), grads=(None, None, None)) -> No
         tuple(map(address, result)),
         tuple(map(address, upstream)),
         (*map(backends.matrix_args, grads[:2]), address(grads[2])),
-        max(least, min(most, len(hidden) // 5)),
+        max(least, min(most, len(hidden) // 4)),
     )
 
 

@@ -14,33 +14,45 @@ void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);
 
 namespace {
 
-constexpr int64_t kTile = 288;   // tokens at a time: whole panels on either side of a product
+constexpr int64_t kTile = 384;   // tokens at a time: whole panels on either side of a product
 constexpr int64_t kDepth = 256;  // products per running sum
 constexpr int64_t kSlice = 128;  // hidden dimensions of the gradients at a time
 static_assert(kTile % kNr == 0 && kTile % kMr == 0 && kSlice % kNr == 0, "panels must be whole");
 
+// Asks for `bytes` from p on, to be written or read soon.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 // Rows whose logits exist together, with their chunks renumbered from 0 (-1: none).
 struct Block { std::vector<int64_t> rows, chunk, chunks; };
 
-// Blocks of about `most` rows. A chunk is never split: its gradient needs all its rows. Other rows are there for their labels.
+// As few blocks as `most` rows in each allow, of about the same size; more where that splits a chunk, whose gradient needs
+// all of its rows. Rows outside chunks are there for their labels.
 std::vector<Block> blocks_of(const ProjectionKL& in, int64_t rows, int64_t most) {
   const Members student(in.student_chunk, rows, in.chunks), teacher(in.teacher_chunk, in.teacher.rows, in.chunks);
+  auto paired = [&](int64_t c) { return student.count(c) > 0 && teacher.count(c) > 0; };
+  std::vector<int64_t> labelled;
+  for (int64_t i = 0; in.labels && i < rows; ++i)
+    if (in.labels[i] >= 0 && (in.student_chunk[i] < 0 || !paired(in.student_chunk[i]))) labelled.push_back(i);
+  int64_t total = labelled.size();
+  for (int64_t c = 0; c < in.chunks; ++c) total += paired(c) ? student.count(c) : 0;
+  const int64_t size = ceil_div(total, std::max<int64_t>(1, ceil_div(total, most)));
   std::vector<Block> blocks;
-  auto room = [&](int64_t n) -> Block& {
-    if (blocks.empty() || int64_t(blocks.back().rows.size()) + n > most) blocks.emplace_back();
+  auto open = [&]() -> Block& {
+    if (blocks.empty() || int64_t(blocks.back().rows.size()) >= size) blocks.emplace_back();
     return blocks.back();
   };
   for (int64_t c = 0; c < in.chunks; ++c) {
-    const int64_t n = student.count(c);
-    if (n == 0 || teacher.count(c) == 0) continue;
-    Block& block = room(n);
-    block.rows.insert(block.rows.end(), &student.order[student.first[c]], &student.order[student.first[c]] + n);
-    block.chunk.insert(block.chunk.end(), n, block.chunks.size());
+    if (!paired(c)) continue;
+    Block& block = open();
+    const int64_t* first = &student.order[student.first[c]];
+    block.rows.insert(block.rows.end(), first, first + student.count(c));
+    block.chunk.insert(block.chunk.end(), student.count(c), block.chunks.size());
     block.chunks.push_back(c);
   }
-  for (int64_t i = 0; in.labels && i < rows; ++i) {
-    if (in.labels[i] < 0 || (in.student_chunk[i] >= 0 && teacher.count(in.student_chunk[i]) > 0)) continue;
-    Block& block = room(1);
+  for (int64_t i : labelled) {
+    Block& block = open();
     block.rows.push_back(i);
     block.chunk.push_back(-1);
   }
@@ -161,7 +173,7 @@ struct Problem {
   void gradients(int64_t n, bool first) const {
     float* mine = grad_hidden.get() + omp_get_thread_num() * most * depth;
     if (out.grad_hidden.data) std::fill_n(mine, n * depth, 0.0f);
-    Buffer rounded(way.pairs ? n * kTile : 0), by_row(lines * kTile), by_token(kTile * n), piece(kTile * kSlice), part(kTile * kSlice);
+    Buffer rounded(way.pairs ? n * kTile : 0), by_row(lines * kTile), by_token(kTile * n), piece(kTile * kSlice);
     each_tile([&](int64_t column, int64_t columns) {
       Matrix tile{gradient() + column, n, columns, stride, DType::fp32};
       finish(tile, column, first);
@@ -188,16 +200,34 @@ struct Problem {
           });
           way.multiply(by_row.get(), n, piece.get(), slice, columns, mine + d, depth, true);
         }
-        if (!out.grad_weight.data) continue;
-        way.multiply(by_token.get(), columns, right.get() + d * lines, slice, n, part.get(), kSlice, false);
-        for (int64_t j = 0; j < columns; ++j) {
-          float* to = static_cast<float*>(out.grad_weight.data) + token(column + j) * out.grad_weight.stride + d;
-          const float* from = part.get() + j * kSlice;
-          if (first) std::copy_n(from, slice, to);
-          else for (int64_t i = 0; i < slice; ++i) to[i] += from[i];
-        }
+        if (out.grad_weight.data) add_grad_weight(by_token.get(), column, columns, d, slice, n, first);
       }
     });
+  }
+
+  // dW[tile, slice] (+)= Z^T H, some rows at a time: the next ones, and the next slice of W, arrive while these are made.
+  void add_grad_weight(const float* by_token, int64_t column, int64_t columns, int64_t d, int64_t slice, int64_t n,
+                       bool first) const {
+    float part[kMr * kSlice];
+    auto row = [&](int64_t j) {
+      return static_cast<float*>(out.grad_weight.data) + token(column + j) * out.grad_weight.stride + d;
+    };
+    const int64_t size = in.weight.dtype == DType::fp32 ? 4 : 2;
+    for (int64_t j = 0; j < columns; j += kMr) {
+      for (int64_t i = j; i < std::min(j + kMr, columns); ++i) {
+        if (i + kMr < columns) prefetch(row(i + kMr), slice * 4);
+        if (d + slice < depth)
+          prefetch(static_cast<const char*>(in.weight.data) + (token(column + i) * in.weight.stride + d + slice) * size, slice * size);
+      }
+      const int64_t count = std::min<int64_t>(kMr, columns - j);
+      way.multiply(by_token + j * way.steps(n), count, right.get() + d * lines, slice, n, part, kSlice, false);
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = row(j + i);
+        const float* from = part + i * kSlice;
+        if (first) std::copy_n(from, slice, to);
+        else for (int64_t k = 0; k < slice; ++k) to[k] += from[k];
+      }
+    }
   }
 
   // From the gradient for the capped logits to that for the products, and its sum for the bias.
