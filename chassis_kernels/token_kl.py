@@ -192,6 +192,7 @@ backends.register(
     fake=_fake,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("token_kl", "token_kl"),
 )
 backends.register(
     f"token_kl_backward(Tensor grad, {_INPUTS}) -> Tensor",
@@ -200,6 +201,7 @@ backends.register(
     example=_example_backward,
     inputs=slice(1, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("token_kl", "token_kl_backward"),
 )
 backends.register(
     f"token_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> Tensor",
@@ -207,6 +209,7 @@ backends.register(
     fake=lambda out, weight, *arguments: _fake(*arguments),
     example=_example_into,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("token_kl", "token_kl_"),
 )
 torch.library.register_autograd("chassis::token_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(

@@ -51,6 +51,17 @@ def test_the_first_call_does_what_the_second_does(name):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@needs_interpreter
+@pytest.mark.parametrize("architecture", [a for a in tuning.ARCHITECTURES if a != "interpreter"])
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_every_shipped_tuning_entry_gives_what_the_reference_gives(name, architecture, monkeypatch):
+    def shipped(op, kernel, size, device, _):
+        return tuning.tables(op)[kernel][architecture]["any"]
+
+    monkeypatch.setattr(tuning, "entry", shipped)
+    assert backends._try(backends.OPS[name], "triton") == ""
+
+
 def test_the_interpreter_is_never_chosen_by_itself():
     arguments = backends.OPS["top_columns"].example("cpu")
     calls = backends.OPS["top_columns"].calls

@@ -33,6 +33,8 @@ OTHERWISE = {
     "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
     "projection_kl": {"labels": None, "tail": False, "divergence": 0},
     "projection_kl_backward": {"grad_nll": None, "tail": False, "divergence": 0},
+    "token_kl": {"columns": None, "keep": None, "reverse": True},
+    "token_kl_backward": {"columns": None, "keep": None, "reverse": True},
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
