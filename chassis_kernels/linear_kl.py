@@ -203,6 +203,7 @@ backends.register(
     fake=_fake,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("linear_kl", "linear_kl"),
     inputs=slice(0, 9),
 )
 backends.register(
@@ -211,6 +212,7 @@ backends.register(
     fake=_fake_backward,
     example=_example_backward,
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("linear_kl", "linear_kl_backward"),
     inputs=slice(1, 10),
 )
 torch.library.register_autograd(

@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import rerun_on
+from support import far_apart, rerun_on
 
 from chassis_kernels import BackendError, Delta, backends, linear_kl, use_backend
 
 needs_extension = pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
-both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+KERNELS = [b for b in ("cpu", "triton") if not backends.why_not("linear_kl", b, "cpu")]
+each_kernel = pytest.mark.parametrize("backend", KERNELS)
+each_backend = pytest.mark.parametrize("backend", ["reference", *KERNELS])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
 INF = torch.inf
@@ -72,22 +74,24 @@ def test_reference_is_the_definition():
     assert torch.allclose(explicit, kl, rtol=1e-12, atol=1e-12)
 
 
-@needs_extension
-@given(
-    n=st.one_of(st.integers(0, 20), st.sampled_from([96, 97, 200])),
-    sizes=st.tuples(*[st.one_of(st.integers(0, 40), st.sampled_from([127, 129, 385]))] * 2),
-    v=st.one_of(st.integers(1, 90), st.sampled_from([255, 256, 257, 700])),
-    r=st.one_of(st.none(), st.integers(0, 20)),
-    given_b=st.booleans(),
-    bias=st.booleans(),
-    caps=st.tuples(*[st.sampled_from([None, 4.0, 30.0])] * 2),
-    scales=st.tuples(*[st.sampled_from([1.0, 0.3, -1.5])] * 2),
-    dtypes=st.lists(st.sampled_from(DTYPES), min_size=9, max_size=9),
-    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4),
-    seed=st.integers(0, 99),
+DRAWN = st.fixed_dictionaries(
+    {
+        "n": st.one_of(st.integers(0, 20), st.sampled_from([96, 97, 200])),
+        "sizes": st.tuples(*[st.one_of(st.integers(0, 40), st.sampled_from([127, 129, 385]))] * 2),
+        "v": st.one_of(st.integers(1, 90), st.sampled_from([255, 256, 257, 700])),
+        "r": st.one_of(st.none(), st.integers(0, 20)),
+        "given_b": st.booleans(),
+        "bias": st.booleans(),
+        "caps": st.tuples(*[st.sampled_from([None, 4.0, 30.0])] * 2),
+        "scales": st.tuples(*[st.sampled_from([1.0, 0.3, -1.5])] * 2),
+        "dtypes": st.lists(st.sampled_from(DTYPES), min_size=9, max_size=9),
+        "layouts": st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4),
+        "seed": st.integers(0, 99),
+    }
 )
-@BUDGET
-def test_kernel_matches_float64(n, sizes, v, r, given_b, bias, caps, scales, dtypes, layouts, seed):
+
+
+def check_drawn(backend, n, sizes, v, r, given_b, bias, caps, scales, dtypes, layouts, seed):
     heads, delta = problem(n, *sizes, v, r or 0, seed=seed)
     heads = [LAYOUTS[name](t.to(dtype)) if t.numel() else t for name, t, dtype in zip(layouts, heads, dtypes, strict=False)]
     delta = Delta(*(t.to(dtype) for t, dtype in zip(delta, dtypes[4:7], strict=True)))
@@ -99,7 +103,7 @@ def test_kernel_matches_float64(n, sizes, v, r, given_b, bias, caps, scales, dty
     if bias:
         names = ("bias_a",) if given_b else ("bias_a", "bias_b")
         options |= {name: torch.randn(v).to(dtype) for name, dtype in zip(names, dtypes[7:], strict=False)}
-    with use_backend("cpu"):
+    with use_backend(backend):
         kl, stats = linear_kl(*heads, stats=True, **options)
     want, exact = truth(heads, stats=True, **options)
     # A logit is a sum of products in fp32, a few eps of the size of its terms (< 60 here); KL averages their differences.
@@ -110,28 +114,42 @@ def test_kernel_matches_float64(n, sizes, v, r, given_b, bias, caps, scales, dty
         assert found.shape == correct.shape and (n == 0 or 0 <= int(found.min()) <= int(found.max()) < v)
 
 
+@needs_extension
+@given(drawn=DRAWN)
+@BUDGET
+def test_kernel_matches_float64(drawn):
+    check_drawn("cpu", **drawn)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
+@given(drawn=DRAWN)
+@settings(BUDGET, max_examples=8)
+def test_interpreted_kernel_matches_float64(drawn):
+    check_drawn("triton", **drawn)
+
+
 def collect(heads, delta, run, weight):
     leaves = [t.detach().requires_grad_() for t in delta]
     kl = run(*heads, delta=Delta(*leaves))
     return kl.detach(), *torch.autograd.grad(kl, leaves, weight.to(kl.dtype))
 
 
-@needs_extension
+@each_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "v"), [(40, 64, 300), (200, 512, 1000)])
-def test_error_is_at_most_twice_that_of_eager(dtype, n, d, v):
+def test_error_is_at_most_twice_that_of_eager(backend, dtype, n, d, v):
     heads, delta = problem(n, d, d // 2, v, 8, dtype)
     weight = torch.randn(n)
     with use_backend("reference"):
         want = collect([t.double() for t in heads], double(delta), linear_kl, weight)
-    with use_backend("cpu"):
+    with use_backend(backend):
         found = collect(heads, delta, linear_kl, weight)
     for ours, plain, correct in zip(found, collect(heads, delta, eager, weight), want, strict=True):
         assert (ours - correct).abs().mean() <= 2 * (plain - correct).abs().mean()
         assert (ours - correct).abs().max() <= 2 * (plain - correct).abs().max()
 
 
-@both_backends
+@each_backend
 def test_equal_distributions_differ_by_nothing_but_rounding(backend):
     (h, W, *_), delta = problem(50, 64, v=3000)
     with use_backend(backend):
@@ -142,7 +160,7 @@ def test_equal_distributions_differ_by_nothing_but_rounding(backend):
         assert (kl - truth((h, W, h, W), delta=small)).abs().max() <= 8 * EPS
 
 
-@both_backends
+@each_backend
 def test_near_certainty_keeps_its_digits(backend):
     logits = torch.zeros(3, 500)
     logits[:, 7] = torch.tensor([10.0, 20.0, 60.0])
@@ -157,7 +175,7 @@ def test_near_certainty_keeps_its_digits(backend):
     assert torch.allclose(kl.double(), truth((h, W, logits, None)), rtol=1e-4, atol=EPS)
 
 
-@both_backends
+@each_backend
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_an_offset_of_the_logits_changes_nothing_it_does_not_round(backend, offset):
     logits = torch.randint(-64, 64, (9, 700)) / 8.0  # exact in fp32 also with the offset
@@ -169,7 +187,7 @@ def test_an_offset_of_the_logits_changes_nothing_it_does_not_round(backend, offs
         assert torch.equal(linear_kl(other, eye, logits, None, bias_a=torch.full((700,), offset)), want)
 
 
-@both_backends
+@each_backend
 def test_minus_infinity_on_either_side(backend):
     v = 600
     eye, a, b = torch.eye(v), torch.randn(6, v), torch.randn(6, v)
@@ -190,7 +208,7 @@ def test_minus_infinity_on_either_side(backend):
     assert stats.argmax_b[2] == 511 and plain.isfinite().all()
 
 
-@both_backends
+@each_backend
 def test_gradient_is_finite_where_the_divergence_is_not(backend):
     v = 300
     bias = torch.zeros(v)
@@ -202,7 +220,7 @@ def test_gradient_is_finite_where_the_divergence_is_not(backend):
     assert (kl == INF).all() and all(g.isfinite().all() for g in grads)
 
 
-@both_backends
+@each_backend
 def test_nan_marks_its_own_row_only(backend):
     heads, _ = problem(5, v=300)
     clean = linear_kl(*heads)
@@ -213,7 +231,7 @@ def test_nan_marks_its_own_row_only(backend):
     assert torch.allclose(kl[::2], clean[::2], rtol=1e-5)
 
 
-@both_backends
+@each_backend
 def test_ties_go_to_the_lowest_id(backend):
     h, W = torch.ones(2, 1), torch.zeros(1000, 1)
     W[[999, 300, 700]] = 2.0
@@ -222,7 +240,7 @@ def test_ties_go_to_the_lowest_id(backend):
     assert stats.argmax_a.tolist() == stats.argmax_b.tolist() == [300, 300]
 
 
-@both_backends
+@each_backend
 @pytest.mark.parametrize(("n", "r"), [(0, 3), (4, 0), (0, 0)])
 def test_no_rows_or_no_rank(backend, n, r):
     heads, delta = problem(n, r=r)
@@ -241,7 +259,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: linear_kl(*heads, delta=Delta(*t), **options), delta)
 
 
-@both_backends
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"softcap_a": 4.0, "scale_a": 0.6}])
 def test_gradients_with_a_producer_upstream_and_twice(backend, dtype, options):
@@ -307,6 +325,36 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         linear_kl(**(dict(zip(("h_a", "W_a", "h_b", "W_b"), heads, strict=True)) | change))
 
 
+@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
+def test_logits_far_apart_are_reached(int32_overflow_stops):
+    heads, delta = problem(4, v=60, dtype=torch.bfloat16)
+    logits = torch.randn(4, 60).bfloat16()
+    leaves = [t.requires_grad_() for t in delta]
+    with use_backend("triton"):
+        near, far = (linear_kl(*heads[:2], b, None, delta=Delta(*leaves)) for b in (logits, far_apart(logits)))
+    assert torch.equal(near, far)
+    assert all(map(torch.equal, *(torch.autograd.grad(kl.sum(), leaves) for kl in (near, far))))
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_blocks_of_rows_and_tiles_of_columns(dtype, monkeypatch):
+    from chassis_kernels.triton import linear_kl as kernels
+    from chassis_kernels.triton import products
+
+    monkeypatch.setattr(kernels, "ROWS", 4)
+    monkeypatch.setattr(products, "TILE", 7)
+    heads, delta = problem(9, 16, 20, 1100, dtype=dtype, delta_dtype=torch.bfloat16)
+    leaves, right = ([convert(t).detach().requires_grad_() for t in delta] for convert in (torch.clone, torch.Tensor.double))
+    with use_backend("triton"):
+        kl = linear_kl(*heads, delta=Delta(*leaves))
+        grads = torch.autograd.grad(kl.sum(), leaves)
+    want = truth(heads, delta=Delta(*right))
+    torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-5)
+    for found, grad in zip(grads, torch.autograd.grad(want.sum(), right), strict=True):
+        assert (found - grad).norm() <= torch.finfo(torch.bfloat16).eps * grad.norm()
+
+
 @needs_extension
 def test_offsets_beyond_two_to_the_31_elements(tmp_path):
     stride = 2**31 + 5
@@ -333,7 +381,7 @@ def test_results_repeat_for_a_number_of_threads_and_agree_across():
         assert torch.allclose(one, three, rtol=1e-4, atol=1e-5)
 
 
-@both_backends
+@each_backend
 def test_opcheck(backend):
     for name in ("linear_kl", "linear_kl_backward"):
         inputs = backends.OPS[name].example("cpu")
@@ -345,7 +393,7 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.chassis.linear_kl.default, tuple(inputs))
 
 
-@both_backends
+@each_backend
 def test_compiles_in_one_graph_with_dynamic_shapes_and_scalars(backend):
     def step(h_a, W_a, h_b, W_b, delta, scale):
         kl, stats = linear_kl(h_a * 2, W_a, h_b, W_b, delta=delta, scale_a=scale, softcap_a=9.0, stats=True)
@@ -366,7 +414,7 @@ def test_compiles_in_one_graph_with_dynamic_shapes_and_scalars(backend):
         torch.use_deterministic_algorithms(False)
 
 
-@both_backends
+@each_backend
 def test_autocast_changes_nothing(backend):
     heads, delta = problem()
     leaves = Delta(*(t.requires_grad_() for t in delta))
@@ -390,4 +438,4 @@ def test_float64_runs_in_float64_and_an_override_says_so():
 @needs_extension
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set_passes(isa):
-    rerun_on(isa, __file__, "(matches_float64 or twice_that or minus_infinity or offset or producer) and not reference")
+    rerun_on(isa, __file__, "test_kernel_matches or ((twice_that or minus_infinity or offset or producer) and cpu)")

@@ -31,6 +31,8 @@ TYPES = {
 # Arguments that choose other constants than an op's example does.
 OTHERWISE = {
     "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
+    "linear_kl": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
+    "linear_kl_backward": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
     "projection_kl": {"labels": None, "tail": False, "divergence": 0},
     "projection_kl_backward": {"grad_nll": None, "tail": False, "divergence": 0},
     "token_kl": {"columns": None, "keep": None, "reverse": True},
