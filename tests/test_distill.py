@@ -14,7 +14,7 @@ from chassis.distill.cache import Cache, read_index, write_cache
 from chassis.distill.collator import Collator
 from chassis.distill.config import Data, DistillConfig, Loss, Teacher, Training, load_config
 from chassis.distill.packing import pack
-from chassis.distill.run import distill, load_sides
+from chassis.distill.run import datasets, distill, load_sides, write_caches
 from chassis.distill.teachers import batches
 from chassis.errors import ChassisError
 from chassis.models import load_causal_lm, load_tokenizer
@@ -282,6 +282,22 @@ def test_a_run_stopped_anywhere_goes_on_with_the_same_losses(config, tmp_path):
         distill(replace(again, training=replace(config.training, learning_rate=1e-4)))
     student = [load_file(tmp_path / name / "student/model.safetensors") for name in ("out", "again")]
     assert all(torch.equal(student[0][k], student[1][k]) for k in student[0])
+
+
+def test_a_cached_teacher_gives_what_the_live_one_gives(config, tiny_testbed, tmp_path):
+    size = len(load_tokenizer(tiny_testbed.other_expert))
+    config.teachers = [Teacher(model=str(tiny_testbed.other_expert))]
+    live = distill(config)
+    config.teachers[0].cache = str(tmp_path / "cache")
+    config.cache.top_k = size
+    with pytest.raises(ChassisError, match="no teacher cache"):
+        distill(replace(config, out=str(tmp_path / "early")))
+    written = write_caches(config, lambda *_: None)
+    assert [c["samples"] for c in written] == [len(d) for d in datasets(config, load_tokenizer(config.student))]
+    config.teachers[0].model = None
+    cached = distill(replace(config, out=str(tmp_path / "cached")))
+    for name in ("kl_loss", "ce_loss", "eval_kl_loss_t0"):
+        assert logged(cached, name) == pytest.approx(logged(live, name), rel=0.02), name  # float16 on disk
 
 
 def test_teachers_are_released_when_the_student_fails():
