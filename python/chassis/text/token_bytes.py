@@ -57,8 +57,9 @@ class TokenBytes:
             raise TokenizerError(f"{name}: its {n} tokens do not fit a head of {width} rows; give the model they belong to")
         self.name, self.n_tokens, self.width = name, n, width or n
         self.lossy = rules.family(state, name) == "wordpiece"
-        self._plain = Tokenizer.from_str(json.dumps(rules.plain_copy(state)))
-        self._plain.encode_special_tokens = True
+        self.plain = Tokenizer.from_str(json.dumps(rules.plain_copy(state)))
+        self.plain.encode_special_tokens = True
+        self.model = state["model"]
         self._normalizer = rules.text_normalizer(state)
         self._marks_spaces = rules.family(state, name) == "sentencepiece"
         self.content = pieces
@@ -76,7 +77,7 @@ class TokenBytes:
                 self.role_of[self.roles[role]] = role
         self.is_text = np.array([role is None for role in self.role_of])
         self.lengths = np.array([len(data) for data in self.bytes], dtype=np.int64)
-        self.hash = hashlib.sha256(self._plain.to_str().encode()).hexdigest()
+        self.hash = hashlib.sha256(self.plain.to_str().encode()).hexdigest()
 
     @classmethod
     def from_tokenizer(cls, tokenizer, *, width: int | None = None, check: bool = True) -> TokenBytes:
@@ -117,12 +118,12 @@ class TokenBytes:
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """`encode` for several texts at once."""
         texts = [self.normalize(text) for text in texts]
-        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.plain.encode_batch_fast(texts, add_special_tokens=False)
         return [self._encoded(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids alone, of texts that are normalised already: the fast way through many short ones."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encoded(self, text: str, ids: list[int]) -> Encoded:
         ids, data = np.array(ids, dtype=np.int64), text.encode()
@@ -135,7 +136,7 @@ class TokenBytes:
 
     def _reported_ends(self, text: str) -> np.ndarray:
         """Ends as the tokenizer reports them, for tokens whose bytes do not tell: characters it does not know."""
-        ends = [end for _, end in self._plain.encode(text, add_special_tokens=False).offsets]
+        ends = [end for _, end in self.plain.encode(text, add_special_tokens=False).offsets]
         return np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])]).astype(np.int64)[ends]
 
     @cached_property

@@ -1,0 +1,259 @@
+"""A bridge: the expert's next-token probabilities as probabilities of the base's tokens.
+
+    expert, base = TokenBytes.from_tokenizer(...), TokenBytes.from_tokenizer(...)
+    bridge = Bridge.build(expert, base, "counted", texts)      # or a method of rules.METHODS, without texts
+    plan = bridge.plan(text)                                   # base tokens; the tree of expert states they need
+    logits = tree_logits(expert_model, plan.tree, start_id)    # [n_nodes, V_E], one forward
+    result = bridge.apply(plan, logits)                        # log_q [n, V_B], mass [n], uncertainty [n]
+    bits = bridge.nll(plan, result) / math.log(2)              # of plan.base_ids, given the text before each
+
+    q(b) = P(the next token of the base's encoding is b | the text so far ends where one of its tokens ends)
+
+Row i of the result predicts plan.base_ids[i] and depends on the text before it alone. `project` maps single distributions,
+given full logits or a top-k list, where the expert's and the base's tokens end together.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from chassis.bridge.apply import States, project_positions
+from chassis.bridge.canonical import CanonicalMask
+from chassis.bridge.counting import count, joint_text
+from chassis.bridge.leaves import Leaves
+from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plan
+from chassis.bridge.rules import METHODS, special_pairs, string_table
+from chassis.errors import BridgeError
+from chassis.files import write_file
+from chassis.text.samples import SAMPLES
+from chassis.text.token_bytes import TokenBytes
+from chassis_kernels import BridgeTable, bridge_project
+from chassis_kernels.bridge_project import Bridged
+
+FORMAT = "chassis.bridge", "1"
+FLOOR = 1e-4  # share of the base's unigram distribution in a score, so that a token never counted has a probability
+
+
+class Bridge:
+    """`table` M [V_E + residuals, V_B], rows as in `leaves`; `mask`: what cannot follow; `unigram` [V_B]: the base's."""
+
+    def __init__(
+        self, expert: TokenBytes, base: TokenBytes, method: str, table: BridgeTable, leaves: Leaves, unigram: Tensor
+    ) -> None:
+        self.expert, self.base, self.method = expert, base, method
+        self.table, self.leaves, self.unigram = table, leaves, unigram
+        self.identical = expert.hash == base.hash and expert.bytes[: base.width] == base.bytes[: expert.width]
+        self._mask: CanonicalMask | None = None
+        self._under_way: UnderWay | None = None
+
+    @classmethod
+    def build(
+        cls, expert: TokenBytes, base: TokenBytes, method: str = "counted", texts: Iterable[str] | None = None
+    ) -> Bridge:
+        """Build from the two vocabularies and, for "counted", from any text of the kind it will be used on.
+
+        Raises BridgeError for an unknown method, tokenizers that lose text or whose normalizers differ in more than the
+        Unicode normal form (which is warned of), "counted" without texts or with less than 10 kB of them.
+        """
+        if method not in (*METHODS, "counted"):
+            raise BridgeError(f"method {method!r}: expected one of {', '.join(METHODS)}, counted")
+        if method == "counted" and texts is None:
+            raise BridgeError("method 'counted' needs texts to count on; without any, build 'canonical'")
+        _check_pair(expert, base)
+        leaves = Leaves(expert)
+        prior = string_table("canonical" if method == "counted" else method, expert, base, leaves.strings)
+        unigram = torch.full((base.width,), 1 / base.width, dtype=torch.float64)
+        if method == "counted":
+            counts = count(expert, base, leaves, texts)
+            prior, unigram = counts.table(prior), counts.unigram()
+        return cls(expert, base, method, prior, leaves, unigram)
+
+    @property
+    def mask(self) -> CanonicalMask:
+        """What cannot follow a base token; made when first asked for."""
+        if self._mask is None:
+            self._mask = CanonicalMask(self.base)
+        return self._mask
+
+    @property
+    def under_way(self) -> UnderWay:
+        """Which expert tokens may be under way; made when first asked for."""
+        if self._under_way is None:
+            self._under_way = UnderWay(self.leaves, CanonicalMask(self.expert))
+        return self._under_way
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert token has base tokens: q then sums to 1, else to the mapped mass."""
+        return self.method not in ("exact", "two_segment")
+
+    def plan(self, text: str) -> Plan:
+        """Base tokens of a text and the expert states they are predicted from. Raises BridgeError as `joint_text` does."""
+        text = joint_text(self.expert, self.base, text)
+        if self.identical:
+            return identity_plan(self.base, text)
+        return make_plan(self.expert, self.base, self.under_way, text)
+
+    def apply(self, plan: Plan, logits: Tensor, *, masked: bool = True, temperature: float = 1.0) -> Bridged:
+        """log q [n, V_B], mapped mass [n] and uncertainty [n] at the base positions of a plan.
+
+        logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`. With the same tokenizer on both sides log q
+        is log_softmax(logits), bit for bit. Raises BridgeError for logits of another shape.
+        """
+        self._check_logits(logits, len(plan.tree))
+        if self.identical:
+            return self._same(logits[: len(plan)], temperature)
+        states = States(plan, logits, self.under_way, self.padding, temperature)
+        blocked = self._blocked(np.concatenate([[-1], plan.base_ids[:-1]])) if masked else None
+        log_q = torch.empty(len(plan), self.base.width, device=logits.device)
+        mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
+        for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete):
+            rows = torch.from_numpy(positions).to(logits.device)
+            log_q[rows], mass[rows], uncertainty[rows] = part.log_q, part.mass, part.uncertainty
+        return Bridged(log_q, mass, uncertainty)
+
+    def project(
+        self,
+        logits: Tensor | None = None,
+        *,
+        log_probs: Tensor | None = None,
+        ids: Tensor | None = None,
+        previous: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Bridged:
+        """q = Pᵀ M for distributions right after an expert token that is complete: logits [N, >= V_E], or the top-k
+        log_probs [N, k] of tokens ids [N, k]. previous [N]: the base tokens before them, to block what cannot follow."""
+        if logits is not None:
+            self._check_logits(logits, len(logits))
+            if self.identical:
+                return self._same(logits, temperature)
+            padding = self.padding
+            logits = logits[:, : self.expert.width]
+            logits = logits if padding is None else logits.masked_fill(padding.to(logits.device), -torch.inf)
+        options = {}
+        if previous is not None:
+            lists, places = self._blocked(previous.cpu().numpy())
+            options = {"blocked": lists, "previous": places}
+        normalize = self.complete and logits is not None
+        return bridge_project(
+            logits, self.table, log_probs=log_probs, ids=ids, temperature=temperature, normalize=normalize, **options
+        )
+
+    def nll(self, plan: Plan, result: Bridged) -> Tensor:
+        """Nats [n] that each base token costs, FLOOR of the base's unigram distribution mixed in."""
+        ids = torch.from_numpy(plan.base_ids).to(result.log_q.device)
+        chosen = result.log_q.gather(1, ids[:, None])[:, 0].double().exp()
+        if self.identical:
+            return -chosen.log()
+        return -((1 - FLOOR) * chosen + FLOOR * self.unigram.to(ids.device)[ids]).log()
+
+    def coverage(self) -> dict:
+        """Counts that tell how the vocabularies overlap and how sure the table is."""
+        text = np.flatnonzero(self.expert.is_text)
+        equal = sum(1 for data in self.expert.ids_by_bytes if data in self.base.ids_by_bytes)
+        entries = self.table.start.diff()[: self.expert.width].numpy()
+        special = [i for i, role in enumerate(self.expert.role_of) if role not in (None, "padding")]
+        pairs = special_pairs(self.expert, self.base)
+        return {
+            "method": self.method,
+            "expert_tokens": int(self.expert.n_tokens),
+            "base_tokens": int(self.base.n_tokens),
+            "byte_equal": equal,
+            "byte_equal_share": equal / max(1, min(len(self.expert.ids_by_bytes), len(self.base.ids_by_bytes))),
+            "unmapped_tokens": int((entries[text] == 0).sum()),
+            "entries_per_token": float(entries[text].mean()),
+            "certain_tokens": float((self.table.spread[torch.from_numpy(text)] < 1e-6).double().mean()),
+            "residuals": len(self.leaves) - self.expert.width,
+            "special_pairs": {self.expert.content[i]: self.base.content[b] for i, b in pairs.items()},
+            "special_unmapped": [self.expert.content[i] for i in special if i not in pairs],
+            "table_bytes": 8 * len(self.table.start) + 8 * len(self.table.ids),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table and the hashes of both tokenizers as one safetensors file."""
+        about = {"format": FORMAT[0], "version": FORMAT[1], "method": self.method}
+        about |= {
+            "expert": self.expert.hash,
+            "base": self.base.hash,
+            "names": json.dumps([self.expert.name, self.base.name]),
+        }
+        tensors = {"start": self.table.start, "ids": self.table.ids, "weights": self.table.weights, "unigram": self.unigram}
+        return write_file(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, about))
+
+    @classmethod
+    def load(cls, path: str | Path, expert: TokenBytes, base: TokenBytes) -> Bridge:
+        """Read what `save` wrote; BridgeError for a file that is missing, damaged, no bridge, or for other tokenizers."""
+        if not Path(path).exists():
+            raise BridgeError(f"{path}: no such bridge; build one and save it")
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise BridgeError(f"{path} is damaged ({error}): build the bridge again") from error
+        if (about.get("format"), about.get("version")) != FORMAT:
+            raise BridgeError(f"{path} is no bridge of version {FORMAT[1]}: its metadata are {about}")
+        for side, tokens in (("expert", expert), ("base", base)):
+            if about[side] != tokens.hash:
+                raise BridgeError(
+                    f"{path} was built for another {side} tokenizer ({about['names']}), not for {tokens.name}; build one"
+                )
+        leaves = Leaves(expert)
+        rows = len(tensors["start"]) - 1
+        if rows != len(leaves) or len(tensors["unigram"]) != base.width:
+            raise BridgeError(
+                f"{path} has {rows} rows for {len(tensors['unigram'])} base tokens, expected {len(leaves)} and "
+                f"{base.width}: it was built for heads of other widths"
+            )
+        table = BridgeTable(tensors["start"], tensors["ids"], tensors["weights"], base.width, expert.width)
+        return cls(expert, base, about["method"], table, leaves, tensors["unigram"])
+
+    def _same(self, logits: Tensor, temperature: float) -> Bridged:
+        logits = logits[:, : self.base.width] / temperature if temperature != 1 else logits[:, : self.base.width]
+        padding = self.padding
+        logits = logits if padding is None else logits.masked_fill(padding.to(logits.device), -torch.inf)
+        log_q = torch.log_softmax(logits.float(), 1)
+        return Bridged(log_q, torch.ones_like(log_q[:, 0]), torch.zeros_like(log_q[:, 0]))
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """[V_E] bool: rows of the expert's head that are no token; None if all are."""
+        padding = torch.tensor([role == "padding" for role in self.expert.role_of])
+        return padding if padding.any() else None
+
+    def _blocked(self, previous: np.ndarray):
+        return self.mask.lists(previous.tolist())
+
+    def _check_logits(self, logits: Tensor, rows: int) -> None:
+        if logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] < self.expert.width:
+            raise BridgeError(
+                f"logits are {list(logits.shape)}, expected [{rows}, >= {self.expert.width}]: a row per state, a column per "
+                "expert token"
+            )
+
+
+def _check_pair(expert: TokenBytes, base: TokenBytes) -> None:
+    for tokens in (expert, base):
+        if tokens.lossy:
+            raise BridgeError(f"{tokens.name} drops white space (WordPiece): no bridge can tell what its tokens stand for")
+    for sample in SAMPLES:
+        one, other = expert.normalize(sample), base.normalize(sample)
+        if one == other:
+            continue
+        if unicodedata.normalize("NFKC", one) != unicodedata.normalize("NFKC", other):
+            raise BridgeError(
+                f"the normalizers differ: {sample!r} is {one!r} for the expert and {other!r} for the base; "
+                "no bridge can compare their bytes"
+            )
+        warnings.warn(f"the normalizers differ on {sample!r}: text is brought to a form that both leave alone", stacklevel=3)
+        return

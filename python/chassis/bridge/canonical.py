@@ -1,0 +1,107 @@
+"""Which tokens cannot follow a token in the encoding of a text.
+
+Token b is blocked after `previous` unless enc(previous b c) begins with [previous, b] for some c in FOLLOWING: nothing, or a
+rare letter, digit or sign, since patterns look one character ahead ("   x" is "  " and " x").
+
+For BPE this needs no encoding. Both tokens are taken apart again, the merge of highest rank first; if at some point the two
+pieces that meet have a merge of a rank below that of the piece just taken apart, BPE would have joined them before, and
+[previous, b] never comes about. Only tokens of which a beginning has a merge with an end of `previous` need be tried. Other
+models, and BPE with merges out of order, are asked by encoding every pair.
+
+Parts of characters are judged by the UTF-8 they make: what begins inside a character can only follow one that broke off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from chassis.bridge.merges import Merges
+from chassis.bridge.pretokens import BROKEN, FOLLOWING, JOINED, PreTokens
+from chassis.text.token_bytes import TokenBytes
+from chassis_kernels import BlockedTokens
+
+CONTINUATION = range(0x80, 0xC0)
+
+
+class CanonicalMask:
+    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for."""
+
+    def __init__(self, tokens: TokenBytes, *, by_merges: bool = True) -> None:
+        self.tokens = tokens
+        self.texts = [_text(data) if ok else None for data, ok in zip(tokens.bytes, tokens.is_text, strict=True)]
+        known = [index for index, text in enumerate(self.texts) if text is not None]
+        encoded = tokens.ids_of([self.texts[index] for index in known])
+        self.alone = np.zeros(tokens.width, dtype=bool)  # the text of the token is encoded as the token
+        self.alone[[index for index, ids in zip(known, encoded, strict=True) if ids == [index]]] = True
+        self.whole = np.zeros(tokens.width, dtype=bool)
+        self.whole[known] = True
+        self._inside = np.array([bool(data) and data[0] in CONTINUATION for data in tokens.bytes])
+        self._merges = Merges.read(tokens) if by_merges else None
+        self._pretokens = PreTokens(tokens, self.texts) if self._merges else None
+        self._known: dict[int, np.ndarray] = {}
+
+    def blocked_after(self, previous: int) -> np.ndarray:
+        """Ids [n] int32 of the text tokens that cannot follow token `previous`."""
+        if previous not in self._known:
+            blocked = self._blocked(previous) & self.tokens.is_text
+            self._known[previous] = np.flatnonzero(blocked).astype(np.int32)
+        return self._known[previous]
+
+    def lists(self, previous: Sequence[int]) -> tuple[BlockedTokens, torch.Tensor]:
+        """Blocked lists of the tokens in `previous` and which of them each has, [n] int64; -1 (nothing before): none."""
+        needed = {index: place for place, index in enumerate(dict.fromkeys(p for p in previous if p >= 0))}
+        parts = [self.blocked_after(index) for index in needed]
+        start = torch.zeros(len(parts) + 1, dtype=torch.int64)
+        start[1:] = torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0)
+        joined = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        places = torch.tensor([needed.get(index, -1) for index in previous], dtype=torch.int64)
+        return BlockedTokens(start, torch.from_numpy(joined), self.tokens.width), places
+
+    def _blocked(self, previous: int) -> np.ndarray:
+        data = self.tokens.bytes[previous]
+        if not self.tokens.is_text[previous]:
+            return np.zeros(self.tokens.width, dtype=bool)
+        broken_off = _broken_off(data)
+        if broken_off is not False:
+            # Inside a character: its next byte must follow; None: the token tells not whether the character is complete.
+            return ~self._inside if broken_off else np.zeros(self.tokens.width, dtype=bool)
+        if self.texts[previous] is None:
+            return self._inside
+        blocked = self._inside | (self.whole & ~self.alone)
+        if self._merges is None:
+            return blocked | self._by_encoding(previous)
+        joins = self._merges.would_join(previous)
+        possible = np.zeros(self.tokens.width, dtype=bool)
+        for outcome in self._pretokens.outcomes(previous):
+            possible |= (outcome != BROKEN) & ~((outcome == JOINED) & joins)
+        return blocked | (self.whole & ~possible)
+
+    def _by_encoding(self, previous: int) -> np.ndarray:
+        """The definition: encode every pair, with every following character."""
+        tried = np.flatnonzero(self.alone)
+        possible = ~self.alone
+        for after in FOLLOWING:
+            rest = tried[~possible[tried]].tolist()
+            pairs = self.tokens.ids_of([self.texts[previous] + self.texts[index] + after for index in rest])
+            possible[[index for index, ids in zip(rest, pairs, strict=True) if ids[:2] == [previous, index]]] = True
+        return ~possible
+
+
+def _text(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _broken_off(data: bytes) -> bool | None:
+    """Whether the bytes end inside a character; None if they hold the last bytes of one whose beginning is not there."""
+    for back, byte in enumerate(reversed(data[-4:]), 1):
+        if byte < 0x80:
+            return False
+        if byte >= 0xC0:
+            return back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+    return None if len(data) < 4 else False

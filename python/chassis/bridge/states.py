@@ -1,0 +1,66 @@
+"""The expert's logits at the states of a plan, in one forward pass over its tree.
+
+Tokens of the tree stand in one sequence; each attends to the tokens on its own path alone and counts its position along it.
+The keys and values of the pass are kept, so that further states can be added below any of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from chassis.bridge.plan import Tree
+from chassis.errors import ModelError
+from chassis.models.forward import title
+
+AT_ONCE = 512  # states of one forward pass
+
+
+class ExpertStates:
+    """`grow(tokens, parent)` adds states and returns the logits [n, V] of what follows each."""
+
+    def __init__(self, model: nn.Module, start: int) -> None:
+        self.model, self.start = model, start
+        self.device, self.dtype = (model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.dtype)
+        self.cache = DynamicCache(config=model.config)
+        self.on_path = torch.zeros(0, 0, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.on_path)
+
+    @torch.no_grad()
+    def grow(self, tokens: np.ndarray, parent: np.ndarray) -> Tensor:
+        """States after `tokens` [n] below the states `parent` [n], numbered on from len(self); -1 as a parent: the first.
+
+        Raises ModelError for models that do not take a mask of which token attends to which.
+        """
+        parts = [self._grow(tokens[i : i + AT_ONCE], parent[i : i + AT_ONCE]) for i in range(0, len(tokens), AT_ONCE)]
+        return torch.cat(parts)
+
+    def _grow(self, tokens: np.ndarray, parent: np.ndarray) -> Tensor:
+        old, n = len(self.on_path), len(tokens)
+        on_path = torch.zeros(old + n, old + n, dtype=torch.bool)
+        on_path[:old, :old] = self.on_path
+        for row, above in enumerate(parent.tolist(), old):
+            if above >= 0:
+                on_path[row] = on_path[above]
+            on_path[row, row] = True
+        attends = on_path[old:].to(self.device)
+        mask = torch.zeros(attends.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~attends, torch.finfo(self.dtype).min)
+        ids = torch.from_numpy(np.where(tokens >= 0, tokens, self.start))
+        inputs = {"input_ids": ids[None].to(self.device), "attention_mask": mask[None, None]}
+        inputs |= {"position_ids": attends.sum(1)[None] - 1, "past_key_values": self.cache, "use_cache": True}
+        try:
+            logits = self.model(**inputs).logits[0]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{title(self.model)} takes no mask of which token attends to which ({error})") from error
+        self.on_path = on_path
+        return logits
+
+
+def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
+    """Logits [n_nodes, V] of the next token after each node; `start` is the token that opens a text for this model."""
+    return ExpertStates(model, start).grow(tree.tokens, tree.parent)
