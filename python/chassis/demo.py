@@ -1,10 +1,14 @@
-"""The whole job on the testbed: fit, compare ranks, measure on held-out source, speak before and after."""
+"""The whole job on the testbed: fit, compare ranks, measure on held-out source, speak before and after.
+
+Then the same with an expert that has another tokenizer, through a bridge.
+"""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+from chassis.bridge.loading import Side, bridge_for, bridged_expert, compare
 from chassis.experts import load_expert
 from chassis.fit import Base, FitOptions, Progress, fit
 from chassis.models import load_causal_lm
@@ -12,6 +16,8 @@ from chassis.results import measure, summarise
 from chassis.testbed import Testbed
 
 OPTIONS = FitOptions(rank=32, ranks=(4, 8, 16, 32, 64), max_windows=1000, max_test_windows=256)
+BRIDGED = FitOptions(rank=32, ranks=(8,), layers="none", max_windows=160, max_test_windows=48)
+LADDER_WINDOWS = 32
 PROMPTS = (
     'def close(self):\n        """Close the file."""\n        if self.',
     "class Reader:\n    def __init__(self, file, encoding=None):\n        ",
@@ -34,6 +40,23 @@ def run_demo(testbed: Testbed, out: str | Path, progress: Progress | None = None
         speaker.generation_config.repetition_penalty = REPETITION_PENALTY
     results = summarise(base, expert, result, scores, PROMPTS, "A prose model learns to speak Python")
     return results | {"decoding": f"greedy, repetition penalty {REPETITION_PENALTY}"}
+
+
+def run_bridge_demo(
+    testbed: Testbed, out: str | Path, progress: Progress | None = None, options: FitOptions = BRIDGED
+) -> tuple[dict, dict]:
+    """The other expert read in the base's tokens, and an adapter fitted through that bridge; results for
+    `chassis.bridge.report` and for `chassis.report`."""
+    base, expert = (Side(*load_causal_lm(f), f.name) for f in (testbed.base, testbed.other_expert))
+    documents, report = testbed.documents["source"], progress or (lambda stage, done, total: None)
+    bridge = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
+    bridge.save(Path(out) / "bridge.safetensors")
+    ladder = compare(base, expert, bridge, documents, max_windows=LADDER_WINDOWS, progress=report)
+    loaded, through = Base(base.model, base.tokenizer, base.name), bridged_expert(base, expert, bridge)
+    result = fit(loaded, through, documents, options, out=out, progress=lambda s, d, n: report(f"bridge: {s}", d, n))
+    scores = measure(loaded, through, result, lambda s, d, n: report(f"bridge: {s}", d, n))
+    results = summarise(loaded, through, result, scores, PROMPTS, "The same from an expert with another tokenizer")
+    return ladder, results | {"decoding": f"greedy, repetition penalty {REPETITION_PENALTY}"}
 
 
 def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:

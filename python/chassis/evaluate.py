@@ -142,7 +142,8 @@ def passage(probe: Probe, window: Window, base: Readout, adapter: Adapter, token
     no_op = kl_rows(rows.final, base, rows.expert, probe.expert.readout)
     kl = kl_rows(rows.final, base, rows.expert, probe.expert.readout, delta_of(adapter, rows.final))
     texts = token_texts(tokenizer, window.ids.tolist())
-    values = zip(texts, no_op.tolist(), kl.tolist(), strict=True)
+    silent = [None] * (len(texts) - len(kl))  # an expert may have nothing to say of the end
+    values = zip(texts, no_op.tolist() + silent, kl.tolist() + silent, strict=True)
     return {"document": window.document, "tokens": [{"text": t, "no_op_kl": a, "kl": b} for t, a, b in values]}
 
 

@@ -39,16 +39,22 @@ def same_unembedding(a: Readout, b: Readout) -> bool:
 
 
 class Expert(Protocol):
-    """`rows` gives [B, T, E] for a batch, in the space `readout` reads, from `base_final` [B, T, D] where that is enough."""
+    """`rows` gives [B, T, E] for a batch, in the space `readout` reads, from `base_final` [B, T, D] where that is enough.
+
+    `log_probs`: rows are log-probabilities over the base's tokens; a row of infinities says nothing and is left out.
+    """
 
     name: str
     readout: Readout
+    log_probs: bool
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor: ...
 
 
 class ModelExpert:
     """Another causal LM with the same vocabulary."""
+
+    log_probs = False
 
     def __init__(self, model: torch.nn.Module, head: Head, name: str = "expert") -> None:
         self.model, self.name, self.readout = model, name, Readout.of(head)
@@ -59,6 +65,8 @@ class ModelExpert:
 
 class LogitBiasExpert:
     """The base with a constant added to the logits of some tokens: `bias` [V]."""
+
+    log_probs = False
 
     def __init__(self, head: Head, bias: torch.Tensor, name: str = "logit bias") -> None:
         base = Readout.of(head)
@@ -89,6 +97,8 @@ class LogitBiasExpert:
 class LowRankExpert:
     """The base with its final hidden state moved within r directions: h + (h U) V^T; U [D, r], V [D, r]."""
 
+    log_probs = False
+
     def __init__(self, head: Head, U: torch.Tensor, V: torch.Tensor, name: str = "low-rank synthetic") -> None:
         if U.shape != V.shape or U.shape[0] != head.width:
             raise ChassisError(f"U {list(U.shape)} and V {list(V.shape)}: expected both [{head.width}, r]")
@@ -108,6 +118,8 @@ class LowRankExpert:
 
 class CallableExpert:
     """Any function (input_ids [B, T], attention_mask [B, T]) -> logits [B, T, V] over the base's vocabulary."""
+
+    log_probs = False
 
     def __init__(self, function: Callable, vocab_size: int, name: str = "callable") -> None:
         self.function, self.vocab_size, self.name, self.readout = function, vocab_size, name, Readout(None)

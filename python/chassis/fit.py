@@ -21,6 +21,7 @@ from chassis.experts import Expert, Readout
 from chassis.files import ensure_writable
 from chassis.lens import Lens, LensConfig, fit_lens
 from chassis.models import Head, inspect_head, vocabulary_hash
+from chassis.newton import ProbabilityStatistics, newton_closed_form
 from chassis.probes import Probe, Rows, Window, check_disjoint, fingerprint, make_windows, save_keys
 from chassis.refine import Refinement, refine
 from chassis.statistics import Statistics
@@ -128,14 +129,15 @@ def fit(
     _check_expert(base, expert)
     if out is not None:
         ensure_writable(out)
-    windows = _windows(base, documents, options)
+    windows = _windows(base, expert, documents, options)
+    layers = () if expert.log_probs else layers
     probe = Probe(base.model, expert, layers, options.positions, options.batch_size)
     clock = _Clock()
     checkpoint = Checkpoint(out, _identity(base, expert, windows["fit"], layers, options), options.checkpoint_seconds)
     statistics = collect(probe, base.readout, windows["fit"], checkpoint, report)
     clock.mark("statistics")
-    closed = closed_form(statistics, options.alpha)
-    lens = fit_lens(statistics, options.alpha, LensConfig(base.name, expert.name, base.vocabulary_hash))
+    closed = _closed_form(statistics, probe, windows, options)
+    lens = fit_lens(closed.statistics, options.alpha, LensConfig(base.name, expert.name, base.vocabulary_hash))
     ranks = sorted({options.rank, *options.ranks})
     adapters = {("closed form", rank): closed.adapter(rank, options.columns) for rank in ranks}
     clock.mark("closed_form")
@@ -171,7 +173,8 @@ def collect(
     probe: Probe, base: Readout, windows: Sequence[Window], checkpoint: Checkpoint, progress: Progress
 ) -> Statistics:
     """One pass over `windows`: moments of every layer and the mean probabilities; goes on from `checkpoint`."""
-    statistics = Statistics(base, probe.expert.readout, layers=probe.layers)
+    kind = ProbabilityStatistics if probe.expert.log_probs else Statistics
+    statistics = kind(base, probe.expert.readout, layers=probe.layers)
     total = -(-len(windows) // probe.batch_size)
     done = checkpoint.load(statistics)
     progress("statistics", done, total)
@@ -183,12 +186,25 @@ def collect(
     return statistics
 
 
+def _closed_form(
+    statistics: Statistics, probe: Probe, windows: Mapping[str, list[Window]], options: FitOptions
+) -> ClosedForm:
+    if not probe.expert.log_probs:
+        return closed_form(statistics, options.alpha)
+    return newton_closed_form(statistics, options.alpha, options.rank, _held(probe, windows))
+
+
+def _held(probe: Probe, windows: Mapping[str, list[Window]]) -> list[Rows]:
+    lean = replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
+    return [rows for rows, _ in zip(lean.batches(windows["validation"]), range(VALIDATION_BATCHES), strict=False)]
+
+
 def _refine(closed, probe, windows, ranks, options, progress) -> dict[int, Refinement]:
     """Refine each rank on the same batches of fit windows in an order of its own, against held validation rows."""
     order = list(windows["fit"])
     random.Random(options.seed).shuffle(order)
     lean = replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
-    held = [rows for rows, _ in zip(lean.batches(windows["validation"]), range(VALIDATION_BATCHES), strict=False)]
+    held = _held(probe, windows)
     progress("refine", 0, options.refine_steps)
     return refine(
         closed,
@@ -198,6 +214,7 @@ def _refine(closed, probe, windows, ranks, options, progress) -> dict[int, Refin
         steps=options.refine_steps,
         rate=options.refine_rate,
         columns=options.columns,
+        expert=probe.expert.readout,
         progress=lambda step: progress("refine", step, options.refine_steps),
     )
 
@@ -213,7 +230,9 @@ def _steps(probe: Probe, windows: Sequence[Window]) -> Iterator[Rows]:
                 waiting = []
 
 
-def _windows(base: Base, documents: Mapping[str, Sequence[Document]], options: FitOptions) -> dict[str, list[Window]]:
+def _windows(
+    base: Base, expert: Expert, documents: Mapping[str, Sequence[Document]], options: FitOptions
+) -> dict[str, list[Window]]:
     missing = [split for split in SPLITS if not documents.get(split)]
     if missing:
         total = sum(len(documents.get(split) or ()) for split in SPLITS)
@@ -221,7 +240,10 @@ def _windows(base: Base, documents: Mapping[str, Sequence[Document]], options: F
             f"no {' and no '.join(missing)} documents ({total} in all): fitting, choosing and measuring each need documents "
             "of their own; give more documents, or name them with --validation and --test"
         )
-    windows = {split: make_windows(documents[split], base.tokenizer, length=options.window) for split in SPLITS}
+    if expert.log_probs:
+        windows = {split: expert.windows(documents[split], options.window) for split in SPLITS}
+    else:
+        windows = {split: make_windows(documents[split], base.tokenizer, length=options.window) for split in SPLITS}
     windows["fit"] = windows["fit"][: options.max_windows]
     windows["test"] = windows["test"][: options.max_test_windows]
     for split in SPLITS[1:]:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PAGE_ONLY = ("±", "parameters")  # columns that a terminal has no room for
+PAGE_ONLY = ("±", "parameters", "vs base", "u 95 %")  # columns that a terminal has no room for
 
 
 class Row(NamedTuple):

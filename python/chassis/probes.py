@@ -169,7 +169,7 @@ class Probe:
         expert = self.expert.rows(ids, mask, base.final)
         self.seconds["base"] += middle - started
         self.seconds["expert"] += time.perf_counter() - middle
-        chosen = mask.bool()
+        chosen = mask.bool() & (expert[..., 0] < torch.inf) if self.expert.log_probs else mask.bool()
         if self.positions == "last":
             chosen = chosen & (mask.flip(1).cumsum(1).flip(1) == 1)
         index = torch.arange(len(windows), device=device)[:, None].expand_as(chosen)

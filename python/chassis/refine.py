@@ -79,10 +79,11 @@ class Refiner:
         rate: float = 2e-2,
         columns: int | None = None,
         check_every: int = 10,
+        expert: Readout | None = None,
     ) -> None:
         if steps < 1 or rate <= 0:
             raise ChassisError(f"{steps} steps at rate {rate}: expected at least one step and a positive rate")
-        self.base, self.expert = closed.statistics.base, closed.statistics.expert
+        self.base, self.expert = closed.statistics.base, expert or closed.statistics.expert
         self.mean_p, self.validation = closed.statistics.mean_p, validation
         self.n_steps, self.rate, self.check_every = steps, rate, check_every
         self.start = closed.adapter(rank, columns)

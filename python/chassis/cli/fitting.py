@@ -17,6 +17,7 @@ def fit(
     base: options.Base,
     expert: options.Expert,
     data: options.Data,
+    bridge: options.Bridge = None,
     validation: options.Validation = None,
     test: options.Test = None,
     text_column: options.TextColumn = "text",
@@ -45,7 +46,7 @@ def fit(
     settings = {"rank": rank, "columns": columns, "alpha": alpha, "positions": positions, "window": window}
     settings |= {"batch_size": batch_size, "refine_steps": steps, "layers": layers}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
-    return _fit(terminal, base, expert, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
+    return _fit(terminal, base, expert, bridge, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
 
 @command(app, "sweep")
@@ -54,6 +55,7 @@ def sweep(
     base: options.Base,
     expert: options.Expert,
     data: options.Data,
+    bridge: options.Bridge = None,
     validation: options.Validation = None,
     test: options.Test = None,
     text_column: options.TextColumn = "text",
@@ -82,7 +84,7 @@ def sweep(
     settings = {"rank": rank or max(compared), "ranks": compared, "columns": columns, "alpha": alpha, "positions": positions}
     settings |= {"window": window, "batch_size": batch_size, "refine_steps": steps, "layers": layers}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
-    return _fit(terminal, base, expert, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
+    return _fit(terminal, base, expert, bridge, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
 
 @command(app, "demo")
@@ -90,9 +92,12 @@ def demo(
     terminal: Terminal,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("chassis-demo"),
 ) -> dict:
-    """Train three small models on Python's own library, then fit, measure and speak: the whole job in a few minutes."""
-    from chassis.cli import loading
-    from chassis.demo import run_demo, same_by_hand
+    """Train three small models on Python's own library, then fit, measure and speak: the whole job in a few minutes.
+
+    The second chapter does it again with an expert of another tokenizer, through a bridge.
+    """
+    from chassis.cli import bridging, loading
+    from chassis.demo import run_bridge_demo, run_demo, same_by_hand
     from chassis.files import ensure_writable
     from chassis.testbed import build
 
@@ -103,10 +108,13 @@ def demo(
         results = run_demo(testbed, out, report)
     shown = _show(terminal, results, out)
     terminal.note(f"the same by hand: {same_by_hand(testbed)}")
-    return shown
+    with terminal.progress() as report:
+        ladder, bridged = run_bridge_demo(testbed, out / "bridge", report)
+    ladder = bridging.show(terminal, ladder, out / "bridge")
+    return shown | {"ladder": ladder, "bridge": _show(terminal, bridged, out / "bridge")}
 
 
-def _fit(terminal, base, expert, sources, settings, limits, dtype, device, out) -> dict:
+def _fit(terminal, base, expert, bridge, sources, settings, limits, dtype, device, out) -> dict:
     from chassis.cli import loading
     from chassis.files import ensure_writable
     from chassis.fit import FitOptions
@@ -120,7 +128,7 @@ def _fit(terminal, base, expert, sources, settings, limits, dtype, device, out) 
     documents = loading.read_documents(**sources, max_tokens=limits[0])
     terminal.note(f"read {sum(map(len, documents.values()))} documents; loading {base} and {expert}")
     loaded = loading.load_base(base, dtype, device)
-    teacher = loading.load_expert(expert, loaded, dtype, device)
+    teacher = loading.load_expert(expert, loaded, dtype, device, bridge, [d.text for d in documents["fit"]])
     with terminal.progress() as report:
         result = run(loaded, teacher, documents, FitOptions(**settings), out=out, progress=report)
         scores = measure(loaded, teacher, result, report)

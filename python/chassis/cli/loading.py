@@ -14,14 +14,20 @@ def load_base(name: str, dtype: str | None, device: str):
     """The base as `chassis.fit.Base`."""
     from chassis.fit import Base
 
-    model, tokenizer = _load(name, dtype, device)
+    model, tokenizer = load_model(name, dtype, device)
     return Base(model, tokenizer, name)
 
 
-def load_expert(spec: str, base, dtype: str | None, device: str):
-    """What `spec` names, as `chassis.experts.load_expert` reads it, for this base."""
+def load_expert(spec: str, base, dtype: str | None, device: str, bridge: str | None = None, texts: Sequence[str] = ()):
+    """What `spec` names, as `chassis.experts.load_expert` reads it, for this base; with `bridge`, a model with any tokenizer
+    read through that file, or through a bridge counted on `texts` ("auto")."""
     from chassis import experts
 
+    if bridge is not None:
+        from chassis.bridge.loading import Side, bridge_for, bridged_expert
+
+        sides = Side(base.model, base.tokenizer, base.name), Side(*load_model(spec, dtype, device), spec)
+        return bridged_expert(*sides, bridge_for(*sides, bridge, texts))
     return experts.load_expert(spec, base.head, base.tokenizer, dtype=dtype, device=device)
 
 
@@ -96,7 +102,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _load(name: str, dtype: str | None, device: str):
+def load_model(name: str, dtype: str | None, device: str):
+    """Model and tokenizer; ChassisError for a device that cannot be used here."""
     import torch
 
     from chassis.models import load_causal_lm

@@ -17,6 +17,14 @@ Expert = Annotated[
         "bias:word=2.5,other=-3.",
     ),
 ]
+Bridge = Annotated[
+    str | None,
+    typer.Option(
+        "--bridge",
+        help="For an expert with another tokenizer: auto counts a bridge on --data, or a file of `chassis bridge build`.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option("--data", help=".txt, .md, .py, .jsonl, .parquet, a folder of them, hf://owner/name[:config]. Repeatable."),

@@ -1,0 +1,110 @@
+"""An expert with another tokenizer, for `chassis.fit`: its probabilities over the base's tokens, at every base position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from chassis.bridge.bridge import FLOOR, Bridge
+from chassis.bridge.plan import Plan
+from chassis.bridge.states import tree_logits
+from chassis.bridge.windows import text_windows
+from chassis.errors import BridgeError
+from chassis.experts import Readout
+from chassis.probes import Window
+from chassis.text.corpus import Document
+
+PLANS = 4096  # texts whose plans are kept: refinement comes back to them
+
+
+class BridgedExpert:
+    """A causal LM read through a bridge. `rows` are log q [B, T, V], FLOOR of the base's unigram distribution mixed in.
+
+    Row t predicts the token after position t from the text before that token alone. Windows are cut from documents by
+    `windows`, where tokens of both models end. `aligned_only` is the ablation: nothing is said but where a token of the
+    expert ends in the encoding of the whole text, and there it is taken for known that one ended. The base cannot see that.
+    """
+
+    log_probs = True
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        bridge: Bridge,
+        start_id: int,
+        bos_id: int | None,
+        name: str = "expert",
+        *,
+        aligned_only: bool = False,
+    ) -> None:
+        self.aligned_only = aligned_only
+        self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
+        self.readout = Readout(None)
+        self._floor = FLOOR * bridge.unigram.float()
+        self._plan = lru_cache(PLANS)(self._make_plan)
+
+    def windows(self, documents: Sequence[Document], length: int) -> list[Window]:
+        """Windows of at most `length` base tokens, in order of their hashes, no two alike."""
+        found = {}
+        for document in documents:
+            for part in text_windows(self.bridge, document.text, length - 1):
+                if part.seen:
+                    continue
+                ids = self.bridge.base.encode(part.text).ids
+                ids = ids if self.bos_id is None else np.concatenate([[self.bos_id], ids])
+                if len(ids) < 2:
+                    continue
+                first = 0 if self.bos_id is not None else self.bridge.base.lengths[ids[0]]
+                window = Window(ids.astype(np.int32), document.id, len(part.text.encode()) - int(first))
+                found[window.key] = window
+        if not found:
+            raise BridgeError("the documents give no window of two tokens: give more text")
+        return [found[key] for key in sorted(found)]
+
+    def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
+        width = self.bridge.base.width
+        out = torch.full((*input_ids.shape, width), torch.inf, device=base_final.device)
+        for row, (ids, mask) in enumerate(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True)):
+            ids = ids[mask]
+            text = ids[self.bridge.base.is_text[ids]]
+            plan = self._plan(text.tobytes())
+            logits = tree_logits(self.model, plan.tree, self.start_id)
+            # Row t predicts what follows position t: the text token of that number.
+            following = torch.from_numpy(np.cumsum(self.bridge.base.is_text[ids]))
+            known = following < len(plan)
+            if self.aligned_only:
+                q, aligned = self._aligned(plan, logits)
+                known &= aligned[following.clamp_max(len(plan) - 1)]
+            else:
+                q = self.bridge.apply(plan, logits).log_q.exp()
+            log_q = ((1 - FLOOR) * q + self._floor.to(q)).log()
+            places = torch.from_numpy(np.flatnonzero(mask))[known]
+            out[row, places.to(out.device)] = log_q[following[known].to(log_q.device)].to(out.device)
+        return out
+
+    def _aligned(self, plan: Plan, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [n, V] as if an expert token had ended at every base position; where one did [n], read off the whole text."""
+        ends = np.append(0, np.cumsum(self.bridge.expert.lengths[plan.expert_ids]))
+        nodes = torch.from_numpy(np.searchsorted(ends, plan.begins, side="right") - 1)
+        previous = torch.from_numpy(np.append(-1, plan.base_ids[:-1]))
+        return self.bridge.project(logits[nodes], previous=previous).log_q.exp(), torch.from_numpy(
+            np.isin(plan.begins, ends)
+        )
+
+    def _make_plan(self, ids: bytes) -> Plan:
+        tokens = np.frombuffer(ids, dtype=np.int64)
+        data = b"".join(self.bridge.base.bytes[token] for token in tokens)
+        try:
+            plan = self.bridge.plan(data.decode())
+        except UnicodeDecodeError as error:
+            raise BridgeError(
+                "a window of base tokens ends inside a character: cut windows with BridgedExpert.windows"
+            ) from error
+        if not np.array_equal(plan.base_ids, tokens):
+            raise BridgeError(
+                f"the base tokens of {data[:40]!r} are not the encoding of their text: cut windows with windows()"
+            )
+        return plan

@@ -1,0 +1,87 @@
+"""The bridge and an adapter fitted through it on the testbed: the figures this project promises for real (small) models."""
+
+import pytest
+from chassis.bridge import Bridge
+from chassis.bridge.evaluate import MIXTURE, evaluate
+from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.loading import Side, bridge_for, bridged_expert, models_of
+from chassis.evaluate import evaluate as evaluate_adapters
+from chassis.fit import Base, FitOptions, fit
+from chassis.models import load_causal_lm
+from chassis.probes import Probe
+from chassis.results import measure
+
+
+@pytest.fixture(scope="module")
+def sides(testbed):
+    return tuple(
+        Side(*load_causal_lm(folder), name) for folder, name in ((testbed.base, "base"), (testbed.other_expert, "expert"))
+    )
+
+
+@pytest.fixture(scope="module", params=["source", "prose"])
+def ladder(request, sides, testbed):
+    base, expert = sides
+    documents = testbed.documents[request.param]
+    counted = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
+    bridges = {m: (Bridge.build(expert.tokens, base.tokens, m), True) for m in ("exact", "two_segment", "canonical")}
+    bridges |= {"no mask": (counted, False), "counted": (counted, True)}
+    found = evaluate(models_of(base, expert), bridges, documents, main="counted", max_windows=48)
+    return request.param, {row["name"]: row for row in found["rows"]}
+
+
+def test_the_counted_bridge_says_what_the_expert_says(ladder):
+    _, rows = ladder
+    own, counted = rows["expert in its own tokens"], rows["counted"]
+    assert counted["bits_per_byte"] <= own["bits_per_byte"] + 0.04
+    assert counted["unmapped"] == pytest.approx(0, abs=1e-5)
+
+
+def test_each_part_of_it_is_needed(ladder):
+    _, rows = ladder
+    bits = {name: row["bits_per_byte"] for name, row in rows.items()}
+    assert bits["no mask"] >= bits["counted"] + 0.08
+    assert bits["canonical"] >= bits["counted"] + 0.1
+    assert bits["exact"] >= bits["two_segment"] >= bits["counted"] + 0.1  # string matching, as it was and done right
+    assert rows["exact"]["unmapped"] > 0.1
+
+
+def test_a_mixture_is_no_worse_than_the_better_model(ladder):
+    domain, rows = ladder
+    better = min(rows[name]["bits_per_byte"] for name in ("counted", "base alone"))
+    assert rows[MIXTURE]["bits_per_byte"] <= better + 0.005
+    if domain == "source":
+        assert rows[MIXTURE]["bits_per_byte"] < better
+
+
+@pytest.fixture(scope="module")
+def fitted(sides, testbed):
+    base, expert = sides
+    documents = testbed.documents["source"]
+    bridge = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
+    loaded, through = Base(base.model, base.tokenizer, "base"), bridged_expert(base, expert, bridge)
+    options = FitOptions(rank=32, ranks=(8,), max_windows=160, max_test_windows=48, refine_steps=60)
+    result = fit(loaded, through, documents, options)
+    return loaded, through, result, measure(loaded, through, result), documents
+
+
+@pytest.mark.parametrize(("rank", "share"), [(8, 0.20), (32, 0.34)])
+def test_share_of_the_no_op_kl_removed_through_the_bridge(fitted, rank, share):
+    scores = fitted[3]
+    assert scores.share_removed(scores.adapters[f"refined|{rank}"]) >= share
+    assert scores.share_removed(scores.adapters[f"closed form|{rank}"]) >= 0.1
+
+
+def test_the_adapted_base_needs_fewer_bits(fitted):
+    scores = fitted[3]
+    assert scores.adapters["refined|32"].bits_per_byte <= 0.93 * scores.no_op.bits_per_byte
+
+
+def test_fitting_at_aligned_positions_alone_is_worse_everywhere_else(fitted):
+    base, through, result, scores, documents = fitted
+    ablation = BridgedExpert(through.model, through.bridge, through.start_id, through.bos_id, aligned_only=True)
+    alone = fit(base, ablation, documents, FitOptions(rank=32, max_windows=96, max_test_windows=48, refine_steps=40))
+    assert alone.refinements[32].validation_kl < 0.6 * alone.refinements[32].no_op_validation_kl  # there it looks well
+    probe = Probe(base.model, through, (), "all", 16)
+    found = evaluate_adapters(probe, result.windows["test"], base.readout, adapters={"aligned": alone.adapter})
+    assert found.adapters["aligned"].kl > 1.3 * scores.adapters["refined|32"].kl

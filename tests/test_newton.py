@@ -1,0 +1,88 @@
+"""The Gauss-Newton statistics against the same expressions written out over all rows in float64."""
+
+import pytest
+import torch
+from chassis.closed_form import closed_form
+from chassis.experts import Readout
+from chassis.newton import DAMPING, STEPS, ProbabilityStatistics, newton_closed_form, probabilities
+from chassis.probes import Rows
+from chassis.refine import mean_kl
+
+
+def batches(base, n=3, rows=160, seed=0, strength=1.0):
+    """Rows whose expert is the base with a linear change of its hidden state."""
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) * 0.4 * strength
+    found = []
+    for _ in range(n):
+        hidden = torch.randn(rows, 6, generator=generator) + 0.5
+        log_q = probabilities(hidden + hidden @ change, base)[0].log()
+        found.append(Rows(hidden, log_q, {}, torch.zeros(rows, dtype=torch.long), rows, torch.zeros(rows, dtype=torch.long)))
+    return found
+
+
+def readout(softcap=None, scale=1.0, bias=True):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(20, 6, generator=generator) * 0.5
+    return Readout(weight, torch.randn(20, generator=generator) * 0.1 if bias else None, softcap, scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.5}, {"bias": False}], ids=str)
+def test_targets_are_the_damped_newton_step(options):
+    base = readout(**options)
+    statistics = ProbabilityStatistics(base, Readout(None))
+    parts = batches(base)
+    for rows in parts:
+        statistics.update(rows)
+    hidden = torch.cat([r.final for r in parts]).double().requires_grad_()
+    q = torch.cat([r.expert for r in parts]).double().exp()
+    weight = base.weight.double()
+    logits = base.scale * (hidden @ weight.T + (0 if base.bias is None else base.bias.double()))
+    logits = logits if base.softcap is None else base.softcap * torch.tanh(logits / base.softcap)
+    (g,) = torch.autograd.grad((q * logits.log_softmax(1)).sum(), hidden)  # minus the gradient of the KL
+    p = logits.softmax(1).detach()
+    middle = 0.5 * (p.mean(0) + q.mean(0))
+    fisher = base.scale**2 * (weight.T * middle) @ weight - base.scale**2 * torch.outer(weight.T @ middle, weight.T @ middle)
+    fisher = fisher + DAMPING * fisher.diagonal().mean() * torch.eye(6)
+    y = hidden.detach() + 0.3 * g @ fisher.inverse()
+    x = hidden.detach()
+    found = statistics.newton(0.3).final
+    torch.testing.assert_close(found.mean_y, y.mean(0), rtol=1e-5, atol=1e-6)
+    expected = (x - x.mean(0)).T @ (y - y.mean(0))
+    torch.testing.assert_close(found.C, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_step_that_leaves_least_on_validation_is_taken():
+    base, expert = readout(), Readout(None)
+    statistics = ProbabilityStatistics(base, expert)
+    for rows in batches(base):
+        statistics.update(rows)
+    held = batches(base, n=1, seed=5)
+    before = mean_kl(None, base, expert, held)
+    best = mean_kl(newton_closed_form(statistics, 1e-6, 3, held).adapter(3), base, expert, held)
+    each = [mean_kl(closed_form(statistics.newton(s), 1e-6).adapter(3), base, expert, held) for s in STEPS]
+    assert best == min(each) and best < 0.6 * before
+
+
+def test_probabilities_with_zeros_are_fine():
+    base = readout()
+    (rows,) = batches(base, n=1)
+    blocked = torch.where(torch.arange(20) < 5, -torch.inf, rows.expert)
+    statistics = ProbabilityStatistics(base, Readout(None))
+    statistics.update(Rows(rows.final, blocked.log_softmax(1), {}, rows.next_ids, rows.n_bytes, rows.window))
+    assert statistics.newton(1.0).final.C.isfinite().all()
+
+
+def test_a_saved_state_goes_on_bit_for_bit():
+    base = readout()
+    parts = batches(base)
+    whole, first = (ProbabilityStatistics(base, Readout(None)) for _ in range(2))
+    for rows in parts:
+        whole.update(rows)
+    first.update(parts[0])
+    second = ProbabilityStatistics(base, Readout(None))
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    for rows in parts[1:]:
+        second.update(rows)
+    a, b = whole.state_dict(), second.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
