@@ -258,7 +258,6 @@ def _call(inputs, result, upstream=(None, None), grads=(None, None, None)) -> No
     ids, softcap = None if inputs[3] is None else inputs[3].contiguous(), inputs[4]
     upstream = [None if t is None else t.float().contiguous() for t in upstream]
     kept, arguments = logits_loss.cpu_arguments(*inputs[5:])
-    least, most = BLOCK_ROWS
     address = logits_loss.address
     backends._C.linear_projection_kl(
         (*map(backends.matrix_args, (hidden, weight, bias)), address(ids), softcap or 0.0),
@@ -266,8 +265,14 @@ def _call(inputs, result, upstream=(None, None), grads=(None, None, None)) -> No
         tuple(map(address, result)),
         tuple(map(address, upstream)),
         (*map(backends.matrix_args, grads[:2]), address(grads[2])),
-        max(least, min(most, len(hidden) // 4)),
+        block_rows(len(hidden)),
     )
+
+
+def block_rows(n: int) -> int:
+    """How many rows of logits exist at a time, of n in all, as long as no chunk is longer."""
+    least, most = BLOCK_ROWS
+    return max(least, min(most, n // 4))
 
 
 def _fake_backward(grad, grad_nll, *inputs):
@@ -296,6 +301,7 @@ backends.register(
     fake=_outputs,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU, "x86-64"),
+    triton=backends.triton_kernel("linear_projection_kl", "linear_projection_kl"),
 )
 backends.register(
     f"linear_projection_kl_backward(Tensor grad, Tensor? grad_nll, {_INPUTS}, bool[] needs) "
@@ -305,6 +311,7 @@ backends.register(
     example=_example_backward,
     inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU, "x86-64"),
+    triton=backends.triton_kernel("linear_projection_kl", "linear_projection_kl_backward"),
 )
 torch.library.register_autograd(
     "chassis::linear_projection_kl", _backward, setup_context=_setup_context, lib=backends.library

@@ -167,10 +167,14 @@ def _statistics(plan: Plan, inputs: Inputs) -> tuple[Tensor, ...]:
 
 def _sides(plan: Plan, inputs: Inputs, row_max: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """a and Q, [C, k], and with the tail Q's last outcome, [C]."""
+    return _student(plan, inputs, row_max, row_scale), *_teacher(plan, inputs)
+
+
+def _student(plan: Plan, inputs: Inputs, row_max: Tensor, row_scale: Tensor) -> Tensor:
+    """a, [C, k]."""
     of_student = plan.student_chunk, inputs.chunks, row_max, row_scale, inputs.temperature
     pbar = _means(inputs.student, plan.used, *of_student, log=False).t().contiguous()
-    a = _sums(_sums(pbar, *plan.by_column), *plan.pieces).t().contiguous()
-    return a, *_teacher(plan, inputs)
+    return _sums(_sums(pbar, *plan.by_column), *plan.pieces).t().contiguous()
 
 
 def _teacher(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -33,6 +33,7 @@ OTHERWISE = {
     "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
     "linear_kl": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
     "linear_kl_backward": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
+    "linear_projection_kl": {"softcap": None, "labels": None},
     "projection_kl": {"labels": None, "tail": False, "divergence": 0},
     "projection_kl_backward": {"grad_nll": None, "tail": False, "divergence": 0},
     "token_kl": {"columns": None, "keep": None, "reverse": True},
@@ -52,14 +53,14 @@ def launches():
         names = [argument.name for argument in getattr(torch.ops.chassis, op.name).default._schema.arguments]
         for dtype, other in itertools.product(op.implementations["triton"].dtypes, ({}, OTHERWISE.get(op.name, {}))):
             arguments = dict(zip(names, op.example("cpu"), strict=True)) | other
-            op.implementations["triton"].run(*(as_type(a, dtype) for a in arguments.values()))
+            op.implementations["triton"].run(*(as_type(name, a, dtype) for name, a in arguments.items()))
     return found
 
 
-def as_type(argument, dtype):
-    """Matrices of floats in `dtype`; vectors of statistics, weights and biases stay as they are."""
-    floats = isinstance(argument, torch.Tensor) and argument.dtype == torch.float32 and argument.dim() > 1
-    return argument.to(dtype) if floats else argument
+def as_type(name, argument, dtype):
+    """Matrices and biases of floats in `dtype`; vectors of statistics and weights stay as they are."""
+    floats = isinstance(argument, torch.Tensor) and argument.dtype == torch.float32
+    return argument.to(dtype) if floats and (argument.dim() > 1 or "bias" in name) else argument
 
 
 def source(kernel, arguments, constants, aligned):
