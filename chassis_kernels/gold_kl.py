@@ -180,6 +180,7 @@ backends.register(
     fake=_parts,
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("gold_kl", "gold_kl"),
 )
 backends.register(
     f"gold_kl_backward(Tensor grad_common, Tensor grad_l1, {_INPUTS}) -> Tensor",
@@ -188,6 +189,7 @@ backends.register(
     example=_example_backward,
     inputs=slice(2, None),
     cpu=backends.Implementation(_cpu_backward, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("gold_kl", "gold_kl_backward"),
 )
 backends.register(
     f"gold_kl_(Tensor(a!) out, Tensor weight, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
@@ -195,6 +197,7 @@ backends.register(
     fake=lambda out, weight, *arguments: _parts(*arguments),
     example=_example_into,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("gold_kl", "gold_kl_"),
 )
 torch.library.register_autograd("chassis::gold_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(

@@ -97,7 +97,20 @@ def gold_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """common [M] and l1 [M], 0 for a chunk without rows on either side, and agree [M] bool: both sides' likeliest of the
     mapped tokens are a pair."""
-    A, B, paired = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    means = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    return compare(*means, students, teachers, uncommon_topk, reverse)
+
+
+def compare(
+    A: Tensor,  # [M, V_s] mean log-probabilities
+    B: Tensor,  # [M, V_t]
+    paired: Tensor,  # [M] bool
+    students: Tensor,
+    teachers: Tensor,
+    uncommon_topk: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """common, l1 and agree from the chunk means."""
     a, b = A[:, students], B[:, teachers]
     common = (times(a.exp(), a - b) if reverse else times(b.exp(), b - a)).sum(1)
     x, y = _uncommon(A, students), _uncommon(B, teachers)
@@ -123,7 +136,18 @@ def gold_kl_backward(
     reverse: bool,
 ) -> Tensor:
     """The gradient with respect to the student logits, in their dtype: the closed form above."""
-    A, B, paired = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    means = _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature)
+    rest = students, teachers, uncommon_topk, reverse, counts(student_chunk, chunks)
+    D = slopes(grad_common, grad_l1, *means, *rest)
+    out = torch.zeros_like(student)
+    kept = (student_chunk >= 0).nonzero()[:, 0]
+    p, D = torch.softmax(student[kept].to(D.dtype) / temperature, 1), D[student_chunk[kept]]
+    out[kept] = ((D - p * D.sum(1, keepdim=True)) / temperature).to(out.dtype)
+    return out
+
+
+def slopes(grad_common, grad_l1, A, B, paired, students, teachers, uncommon_topk, reverse, count) -> Tensor:
+    """D / (count + ε) [M, V_s] for upstream gradients [M], with `count` [M] student rows; 0 where not paired."""
     a, b = A[:, students], B[:, teachers]
     D = torch.zeros_like(A)
     slope = times(a.exp(), 1 + a - b) if reverse else -b.exp()
@@ -134,12 +158,7 @@ def gold_kl_backward(
     top = x.topk(m, 1)
     x, y = top.values.exp(), y.topk(m, 1).values.exp()
     D.scatter_(1, rest[top.indices], (x - y).sign() * x * grad_l1.to(A.dtype)[:, None])
-    D = torch.where(paired[:, None], D, 0.0) / (counts(student_chunk, chunks).to(A.dtype) + COUNT_EPS)[:, None]
-    out = torch.zeros_like(student)
-    kept = (student_chunk >= 0).nonzero()[:, 0]
-    p, D = torch.softmax(student[kept].to(A.dtype) / temperature, 1), D[student_chunk[kept]]
-    out[kept] = ((D - p * D.sum(1, keepdim=True)) / temperature).to(out.dtype)
-    return out
+    return torch.where(paired[:, None], D, 0.0) / (count.to(A.dtype) + COUNT_EPS)[:, None]
 
 
 def _means(student, teacher, student_chunk, teacher_chunk, chunks, temperature) -> tuple[Tensor, Tensor, Tensor]:
