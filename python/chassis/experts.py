@@ -159,7 +159,7 @@ def load_expert(spec: str, head: Head, tokenizer, *, revision: str | None = None
     if vocabulary_hash(other) != vocabulary_hash(tokenizer):
         raise ChassisError(
             f"the expert {spec} ({len(other)} tokens) and the base ({len(tokenizer)} tokens) have different vocabularies: "
-            "an adapter on logits needs one vocabulary; give an expert with the base's tokenizer"
+            "an adapter on logits needs one vocabulary; give --bridge auto, or an expert with the base's tokenizer"
         )
     return ModelExpert(model, inspect_head(model), name=spec)
 

@@ -66,8 +66,8 @@ def print_generations(generations: list[dict], console) -> None:
 
 
 def speakers(generations: list[dict]) -> list[str]:
-    """Those of base, adapted and expert that every sample has text of."""
-    return [name for name in ("base", "adapted", "expert") if all(name in sample for sample in generations)]
+    """Those of base, adapted, both and expert that every sample has text of."""
+    return [name for name in ("base", "adapted", "both", "expert") if all(name in sample for sample in generations)]
 
 
 def tables(results: dict) -> list[Table]:

@@ -143,3 +143,44 @@ def _entries(projection, row: int, teacher) -> str:
 
 def _shown(data: bytes) -> str:
     return repr(data.decode(errors="backslashreplace"))
+
+
+@command(app, "ensemble")
+def ensemble(
+    terminal: Terminal,
+    base: options.Base,
+    expert: Annotated[str, typer.Option("--expert", help="A model with any tokenizer: a folder or a hub name.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from. Repeatable.")],
+    bridge: Annotated[str, typer.Option("--bridge", help="auto: count one on --data; or a file of bridge build.")] = "auto",
+    data: DATA = None,
+    mix: Annotated[float, typer.Option("--mix", help="Weight of the base, 0 to 1.")] = 0.2,
+    lookahead: Annotated[int, typer.Option("--lookahead", help="Evaluations of the expert a token.", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.", min=1)] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
+    dtype: options.DType = None,
+    device: options.Device = "cpu",
+) -> dict:
+    """Decode with the base and an expert of another tokenizer at once, through a bridge."""
+    import torch
+
+    from chassis.bridge.ensemble import speak
+    from chassis.bridge.loading import AUTO, Side, bridge_for
+    from chassis.cli import loading
+    from chassis.report import print_generations
+    from chassis.text.corpus import load_documents
+
+    if bridge == AUTO and not data:
+        raise ChassisError("--bridge auto needs text to count on: give --data, or a file of chassis bridge build")
+    sides = [Side(*loading.load_model(name, dtype, device), name) for name in (base, expert)]
+    found = bridge_for(*sides, bridge, [d.text for d in load_documents(data)] if data else ())
+    rows = []
+    for text in prompt:
+        said = {}
+        for name, weight in (("base", 1.0), ("expert", 0.0), ("both", mix)):
+            generator = torch.Generator().manual_seed(seed) if sample else None
+            settings = {"weight": weight, "max_new_tokens": max_new_tokens, "evaluations": lookahead}
+            said[name] = speak(*sides, found, text, generator=generator, **settings)
+        rows.append({"prompt": text} | said)
+    print_generations(rows, terminal.console)
+    return {"generations": rows}

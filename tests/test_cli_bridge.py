@@ -1,0 +1,119 @@
+"""`chassis bridge` and `chassis fit --bridge` as a user types them."""
+
+import json
+
+import pytest
+from chassis.cli import app
+from typer.testing import CliRunner
+
+
+def chassis(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def work(tiny_testbed, tmp_path_factory):
+    """Text in three files, a few kilobytes each; enough to count on."""
+    folder = tmp_path_factory.mktemp("bridge")
+    for split, count in (("fit", 8), ("validation", 2), ("test", 2)):
+        texts = [d.text[:4000] for d in tiny_testbed.documents["source"][split][:count]]
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder
+
+
+def text(work):
+    return "--data", work / "fit.jsonl", "--validation", work / "validation.jsonl", "--test", work / "test.jsonl"
+
+
+def test_build_writes_a_bridge_and_says_what_is_shared(tiny_testbed, work, tmp_path):
+    out = tmp_path / "b.safetensors"
+    result = chassis(
+        "bridge", "build", tiny_testbed.base, tiny_testbed.other_expert, "--data", work / "fit.jsonl", "-o", out, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    coverage = json.loads(result.stdout)["coverage"]
+    assert coverage["method"] == "counted" and coverage["unmapped_tokens"] == 0 and out.exists()
+    shown = chassis("bridge", "build", tiny_testbed.base, tiny_testbed.other_expert, "--method", "exact", "-o", out)
+    assert "What the vocabularies share" in shown.stdout and "equal bytes" in shown.stdout
+
+
+@pytest.mark.parametrize("method", ["projection", "counted-projection"])
+def test_build_writes_projections_with_sample_rows(tiny_testbed, work, tmp_path, method):
+    out = tmp_path / "p.safetensors"
+    result = chassis(
+        *("bridge", "build", tiny_testbed.base, tiny_testbed.other_expert),
+        *("--method", method, "--data", work / "fit.jsonl", "-o", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert "Some rows" in result.stdout and "empty rows" in result.stdout and out.exists()
+
+
+def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path):
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert
+    result = chassis(
+        *("bridge", "eval", *models, *text(work), "--max-windows", 3, "--window", 48),
+        *("--lookahead", "2", "--reference", "4", "-o", tmp_path, "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert {"counted", "counted, no mask", "canonical", "exact", "lookahead 2", "base alone"} <= set(rows)
+    assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"]
+    assert {path.name for path in tmp_path.iterdir()} == {"bridge.html", "bridge.json", "ladder.png"}
+    page = (tmp_path / "bridge.html").read_text()
+    assert "uncertainty of the bridge" in page and "bits of the base" in page and "<script" not in page
+
+
+def test_fit_through_a_bridge(tiny_testbed, work, tmp_path):
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert
+    options = "--rank", 4, "--window", 48, "--batch-size", 4, "--refine-steps", 3, "--max-test-tokens", 400
+    result = chassis("fit", *models, "--bridge", "auto", *text(work), *options, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["no_op"]["kl"] > 0 and found["ranks"] and (tmp_path / "out/adapter.safetensors").exists()
+    spoken = chassis("generate", "--adapter", tmp_path / "out", "--prompt", "def f(", "--max-new-tokens", 4)
+    assert spoken.exit_code == 0, spoken.output
+
+
+def test_an_ensemble_speaks_with_and_without_lookahead(tiny_testbed, work):
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert, "--data", work / "fit.jsonl"
+    options = "--prompt", "def f(x):\n", "--max-new-tokens", 5, "--json"
+    for extra in ((), ("--lookahead", 2), ("--sample", "--mix", 0.5)):
+        result = chassis("ensemble", *models, *options, *extra)
+        assert result.exit_code == 0, result.output
+        (row,) = json.loads(result.stdout)["generations"]
+        assert row["base"] and row["expert"] and row["both"]
+
+
+def test_an_ensemble_of_the_base_alone_is_the_base(tiny_testbed, work):
+    import torch
+    from chassis.bridge.ensemble import next_distribution
+    from chassis.bridge.loading import Side, bridge_for
+    from chassis.models import load_causal_lm
+
+    base, expert = (Side(*load_causal_lm(f), f.name) for f in (tiny_testbed.base, tiny_testbed.other_expert))
+    texts = [json.loads(line)["text"] for line in (work / "fit.jsonl").read_text().splitlines()]
+    text = "import os\nfor x in"
+    q, p = next_distribution(base, expert, bridge_for(base, expert, "auto", texts), text)
+    ids = torch.tensor([[base.tokens.roles["bos"], *base.tokens.encode(text).ids]])
+    with torch.no_grad():
+        expected = base.model(input_ids=ids).logits[0, -1].double().softmax(-1)
+    torch.testing.assert_close(p, expected, atol=1e-6, rtol=1e-4)
+    assert q.sum() == pytest.approx(1, abs=1e-5) and (q >= 0).all()
+
+
+def test_bad_requests_are_refused(tiny_testbed, work, tmp_path):
+    pair = tiny_testbed.base, tiny_testbed.other_expert
+    for arguments, message in (
+        (("bridge", "build", *pair), "needs text to count on"),
+        (("ensemble", "--base", pair[0], "--expert", pair[1], "--prompt", "a"), "needs text to count on"),
+        (
+            ("ensemble", "--base", pair[0], "--expert", pair[1], "--data", work / "fit.jsonl", "--prompt", "a", "--mix", 2),
+            "expected 0 (the expert alone) to 1",
+        ),
+        (("bridge", "build", *pair, "--method", "magic"), "method 'magic'"),
+        (("bridge", "build", tmp_path / "no", pair[1], "--method", "exact"), "no such folder"),
+        (("fit", "--base", pair[0], "--expert", pair[1], *text(work)), "different vocabularies"),
+        (("fit", "--base", pair[0], "--expert", pair[1], "--bridge", tmp_path / "no.st", *text(work)), "no such bridge"),
+    ):
+        result = chassis(*arguments)
+        assert result.exit_code == 2 and message in result.stderr, result.output
