@@ -12,11 +12,14 @@ from chassis.experts import ModelExpert
 from chassis.fit import Base
 from chassis.models import inspect_head
 from chassis.text.corpus import Document
+from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chassis_kernels import backends
 
+HALF = (torch.bfloat16, torch.float16)
+BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 WORDS = "the quick brown fox jumps over lazy dog def return x in class self import for if".split()
 
 
@@ -51,6 +54,22 @@ def pair(make, tokenizer, architecture: str = "llama", **options) -> tuple[Base,
     model = make(architecture, **options)
     expert = near(model, lambda **o: make(architecture, **options))
     return Base(model, tokenizer, "base"), ModelExpert(expert, inspect_head(expert), "expert")
+
+
+def backends_of(op: str) -> list[str]:
+    """Those that take CPU tensors here, the reference first."""
+    return [name for name in ("reference", "cpu", "triton") if not backends.why_not(op, name, "cpu")]
+
+
+def each_backend_of(op: str):
+    """A fixture `backend`: the test runs once on each of `backends_of(op)`."""
+
+    @pytest.fixture(params=backends_of(op))
+    def backend(request):
+        with backends.use_backend(request.param):
+            yield request.param
+
+    return backend
 
 
 def rerun_on(isa: str, file: str, claims: str) -> None:

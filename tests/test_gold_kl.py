@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import far_apart, rerun_on
+from support import BUDGET, HALF, backends_of, each_backend_of, far_apart, rerun_on
 
 from chassis_kernels import backends
 from chassis_kernels.chunks import Chunks
@@ -12,16 +12,9 @@ from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.reference import gold_kl as reference
 from chassis_kernels.sparse import SparseProjection
 
-HAVE = [b for b in ("reference", "cpu", "triton") if not backends.why_not("gold_kl", b, "cpu")]
+HAVE = backends_of("gold_kl")
+backend = each_backend_of("gold_kl")
 COMPILED = [b for b in HAVE if b != "triton"]  # as against interpreted, which takes long
-HALF = (torch.bfloat16, torch.float16)
-BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-@pytest.fixture(params=HAVE)
-def backend(request):
-    with backends.use_backend(request.param):
-        yield request.param
 
 
 def problem(b=2, t_s=9, t_t=11, v_s=37, v_t=29, c=5, mapped=0.5, seed=0, dtype=torch.float32, scale=3.0):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import far_apart, rerun_on
+from support import rerun_on
 
 from chassis_kernels import BackendError, Delta, backends, linear_kl, use_backend
 
@@ -119,13 +119,6 @@ def check_drawn(backend, n, sizes, v, r, given_b, bias, caps, scales, dtypes, la
 @BUDGET
 def test_kernel_matches_float64(drawn):
     check_drawn("cpu", **drawn)
-
-
-@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
-@given(drawn=DRAWN)
-@settings(BUDGET, max_examples=8)
-def test_interpreted_kernel_matches_float64(drawn):
-    check_drawn("triton", **drawn)
 
 
 def collect(heads, delta, run, weight):
@@ -325,36 +318,6 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         linear_kl(**(dict(zip(("h_a", "W_a", "h_b", "W_b"), heads, strict=True)) | change))
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
-def test_logits_far_apart_are_reached(int32_overflow_stops):
-    heads, delta = problem(4, v=60, dtype=torch.bfloat16)
-    logits = torch.randn(4, 60).bfloat16()
-    leaves = [t.requires_grad_() for t in delta]
-    with use_backend("triton"):
-        near, far = (linear_kl(*heads[:2], b, None, delta=Delta(*leaves)) for b in (logits, far_apart(logits)))
-    assert torch.equal(near, far)
-    assert all(map(torch.equal, *(torch.autograd.grad(kl.sum(), leaves) for kl in (near, far))))
-
-
-@pytest.mark.skipif("triton" not in KERNELS, reason="no interpreter for Triton kernels")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_several_blocks_of_rows_and_tiles_of_columns(dtype, monkeypatch):
-    from chassis_kernels.triton import linear_kl as kernels
-    from chassis_kernels.triton import products
-
-    monkeypatch.setattr(kernels, "ROWS", 4)
-    monkeypatch.setattr(products, "TILE", 7)
-    heads, delta = problem(9, 16, 20, 1100, dtype=dtype, delta_dtype=torch.bfloat16)
-    leaves, right = ([convert(t).detach().requires_grad_() for t in delta] for convert in (torch.clone, torch.Tensor.double))
-    with use_backend("triton"):
-        kl = linear_kl(*heads, delta=Delta(*leaves))
-        grads = torch.autograd.grad(kl.sum(), leaves)
-    want = truth(heads, delta=Delta(*right))
-    torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-5)
-    for found, grad in zip(grads, torch.autograd.grad(want.sum(), right), strict=True):
-        assert (found - grad).norm() <= torch.finfo(torch.bfloat16).eps * grad.norm()
-
-
 @needs_extension
 def test_offsets_beyond_two_to_the_31_elements(tmp_path):
     stride = 2**31 + 5
@@ -379,52 +342,6 @@ def test_results_repeat_for_a_number_of_threads_and_agree_across():
         torch.set_num_threads(threads)
     for one, three in zip(found[1], found[3], strict=True):
         assert torch.allclose(one, three, rtol=1e-4, atol=1e-5)
-
-
-@each_backend
-def test_opcheck(backend):
-    for name in ("linear_kl", "linear_kl_backward"):
-        inputs = backends.OPS[name].example("cpu")
-        with use_backend(backend):
-            torch.library.opcheck(getattr(torch.ops.chassis, name).default, inputs)
-    inputs = list(backends.OPS["linear_kl"].example("cpu"))
-    inputs[6:9] = [t.requires_grad_() for t in inputs[6:9]]
-    with use_backend(backend):
-        torch.library.opcheck(torch.ops.chassis.linear_kl.default, tuple(inputs))
-
-
-@each_backend
-def test_compiles_in_one_graph_with_dynamic_shapes_and_scalars(backend):
-    def step(h_a, W_a, h_b, W_b, delta, scale):
-        kl, stats = linear_kl(h_a * 2, W_a, h_b, W_b, delta=delta, scale_a=scale, softcap_a=9.0, stats=True)
-        return kl.sin(), stats.lse_a, stats.argmax_b
-
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
-        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-        with use_backend(backend):
-            for n, scale in ((5, 1.0), (9, 0.5), (12, 0.25)):
-                heads, delta = problem(n)
-                leaves = Delta(*(t.requires_grad_() for t in delta))
-                found, want = compiled(*heads, leaves, scale), step(*heads, leaves, scale)
-                assert all(map(torch.equal, found, want))
-                grads = [torch.autograd.grad(each[0].sum(), leaves) for each in (found, want)]
-                assert all(map(torch.equal, *grads))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@each_backend
-def test_autocast_changes_nothing(backend):
-    heads, delta = problem()
-    leaves = Delta(*(t.requires_grad_() for t in delta))
-    with use_backend(backend):
-        plain = linear_kl(*heads, delta=leaves)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            other = linear_kl(*heads, delta=leaves)
-            found = torch.autograd.grad(other.sum(), leaves)
-        assert torch.equal(plain, other)
-        assert all(map(torch.equal, found, torch.autograd.grad(plain.sum(), leaves)))
 
 
 def test_float64_runs_in_float64_and_an_override_says_so():

@@ -12,13 +12,15 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import projection_problems as cases
 import pytest
-import test_projection_kl as cases
+import test_projection_kl
+import test_projection_kl_options
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from projection_problems import check, problem, run
 from support import far_apart
-from test_projection_kl import check, problem, run
 
 from chassis_kernels import backends, cuda
 from chassis_kernels.chunks import layout
@@ -99,7 +101,8 @@ TAKEN = (
     "test_no_chunk_slots",
     "test_rows_outside_chunks_have_zero_gradient_in_a_poisoned_buffer",
 )
-globals().update({name: getattr(cases, name) for name in TAKEN})
+_FOUND = vars(test_projection_kl) | vars(test_projection_kl_options)
+globals().update({name: _FOUND[name] for name in TAKEN})
 
 
 @given(drawn=cases.DRAWN, machine=st.sampled_from([(1, ROOM, False), (3, ROOM, True), (2, 1300, False), (2, 300, True)]))

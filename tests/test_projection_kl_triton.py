@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from support import far_apart
-from test_projection_kl import BUDGET, DRAWN, HALF, check, check_drawn, problem, run
+from projection_problems import DRAWN, check, check_drawn, problem, run
+from support import BUDGET, HALF, far_apart
 
 from chassis_kernels import backends, use_backend
 from chassis_kernels.chunks import layout

@@ -2,23 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import far_apart, rerun_on
+from support import BUDGET, HALF, backends_of, each_backend_of, far_apart, rerun_on
 
 from chassis_kernels import backends
 from chassis_kernels.reference import token_kl as reference
 from chassis_kernels.token_kl import token_kl
 
-HAVE = [b for b in ("reference", "cpu", "triton") if not backends.why_not("token_kl", b, "cpu")]
-HALF = (torch.bfloat16, torch.float16)
-BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-@pytest.fixture(params=HAVE)
-def backend(request):
-    with backends.use_backend(request.param):
-        yield request.param
+HAVE = backends_of("token_kl")
+backend = each_backend_of("token_kl")
 
 
 def problem(b=2, t=7, v=50, extra=3, dtype=torch.float32, seed=0, scale=3.0):
