@@ -108,9 +108,11 @@ def compact(
         form = _FORMS.get(type(teacher), _Logits)(teacher)
         if columns is None:
             keep = None if column_mask is None else column_mask.flatten()
-            columns = torch.ops.chassis.top_columns(form.maxima(n_teacher, keep)[None], None, k)
-        unique, inverse = columns.unique(return_inverse=True)
-        logits = form.gather(n_teacher, unique)[..., inverse]
+            unique = columns = torch.ops.chassis.top_columns(form.maxima(n_teacher, keep)[None], None, k)
+            logits = form.gather(n_teacher, columns)
+        else:
+            unique, inverse = columns.unique(return_inverse=True)
+            logits = form.gather(n_teacher, unique)[..., inverse]
         if tail:
             rest = temperature * form.rest(n_teacher, unique, temperature)
             logits = torch.cat([logits, rest[..., None]], -1)
@@ -239,9 +241,9 @@ class _Listed:
         return torch.maximum(entries, torch.cat([filler, nothing[:1]])[missing])
 
     def gather(self, n_teacher: int, columns: Tensor) -> Tensor:
-        out = self.filler(n_teacher)[:, None].repeat(1, len(columns) + 1)
-        out = out.scatter(1, self._places(n_teacher, columns), self.entries)[:, :-1]
-        return out.reshape(*self.shape, len(columns))
+        out = self.filler(n_teacher)[:, None].repeat(1, len(columns) + 1)  # the last column: entries outside J
+        out.scatter_(1, self._places(n_teacher, columns), self.entries)
+        return out[:, :-1].unflatten(0, self.shape)
 
     def rest(self, n_teacher: int, columns: Tensor, temperature: float) -> Tensor:
         outside = self.listed & (self._places(n_teacher, columns) == len(columns))
