@@ -55,7 +55,7 @@ class DistillTrainer(Trainer):
         self.add_callback(KLScale())
         self._sums: dict[str, Tensor] = {}
         self._steps, self._micro = 0, 0
-        self._kd_ce = torch.zeros(2, dtype=torch.float64)
+        self._kd_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples = list(islice(epoch_iterator, num_batches))
@@ -119,35 +119,29 @@ class DistillTrainer(Trainer):
         total = torch.zeros_like(self._kd_ce)
         for inputs in samples:
             _, metrics, _ = self._loss(self.model_wrapped, self._prepare_inputs(inputs), counts)
-            total += torch.stack([metrics["kl_loss"], metrics["ce_loss"]]).double().cpu()
+            total += torch.stack([metrics["kl_loss"], metrics["ce_loss"]]).double()
         self.model.train(was_training)
-        self.kl_scale.set(*self._over_ranks(total.to(counts.device)).tolist())
+        self.kl_scale.set(*self._over_ranks(total).tolist())
 
     def _remember(self, metrics: Mapping[str, Tensor]) -> None:
-        self._kd_ce += torch.stack([metrics["kl_loss"], metrics["ce_loss"]]).double().cpu()
-        chosen = metrics.get("selected_teacher")
-        for name, value in metrics.items():
-            if name in ("selected_teacher", "num_valid_samples"):
-                continue
-            value = torch.as_tensor(value).detach().double().cpu()
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        if chosen is not None:
-            for i in range(len(self.teachers)):
-                name = f"selected_t{i}"
-                self._sums[name] = self._sums.get(name, 0.0) + (chosen.cpu() == i).double()
+        """Add to the running sums where they are: the device is not waited for."""
+        self._kd_ce = self._kd_ce + torch.stack([metrics["kl_loss"], metrics["ce_loss"]]).double()
+        found = {name: value for name, value in metrics.items() if name not in ("selected_teacher", "num_valid_samples")}
+        if (chosen := metrics.get("selected_teacher")) is not None:
+            found |= {f"selected_t{i}": chosen == i for i in range(len(self.teachers))}
+        for name, value in found.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().to(self.args.device, torch.float64)
 
     def _end_step(self) -> None:
-        total = self._over_ranks(self._kd_ce.to(self.args.device)).tolist()
-        self._kd_ce.zero_()
         self._steps += 1
         if self._lagged:
-            self.kl_scale.set(*total)
+            self.kl_scale.set(*self._over_ranks(self._kd_ce).tolist())
+        self._kd_ce = torch.zeros_like(self._kd_ce)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps:
             names = sorted(self._sums)
-            values = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names])
-            values = self._over_ranks(values.to(self.args.device)).tolist()
+            values = self._over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
             ranks = self.accelerator.num_processes
             for name, value in zip(names, values, strict=True):
                 stem = name.rsplit("_t", 1)[0]
@@ -192,13 +186,10 @@ class DistillTrainer(Trainer):
         ones = torch.ones(1 + len(self.teachers), dtype=torch.float64, device=self.args.device)
         for inputs in loader:
             inputs = self._prepare_inputs(inputs)
-            _, metrics, logits = self._loss(self.model_wrapped, inputs, ones)
-            kept = inputs["sample_mask"] != 0
-            real = (inputs["attention_mask"][:, 1:] != 0) & kept[:, None]
-            right = (logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]) & real
+            _, metrics, _ = self._loss(self.model_wrapped, inputs, ones)
             total["nats"] += metrics["ce_loss"].double()
-            total["right"] += right.sum().double()
-            total["bytes"] += inputs["n_bytes"][kept].sum().double()
+            total["right"] += metrics["accuracy"].double()
+            total["bytes"] += inputs["n_bytes"][inputs["sample_mask"] != 0].sum().double()
             for i, count in enumerate(inputs["counts"]):
                 total[f"count{i}"] += count.double()
             for i in range(len(self.teachers)):
