@@ -14,16 +14,19 @@ from chassis.distill.cache import Cache, read_index, write_cache
 from chassis.distill.collator import Collator
 from chassis.distill.config import Data, DistillConfig, Loss, Teacher, Training, load_config
 from chassis.distill.packing import pack
-from chassis.distill.run import datasets, distill, load_sides, write_caches
-from chassis.distill.teachers import batches
-from chassis.errors import ChassisError
-from chassis.models import load_causal_lm, load_tokenizer
+from chassis.distill.run import datasets, distill, load_sides, load_teacher, write_caches
+from chassis.distill.teachers import LiveTeacher, batches
+from chassis.errors import ChassisError, ModelError
+from chassis.models import inspect_head, load_causal_lm, load_tokenizer
 from chassis.text.alignment import align
 from chassis.text.corpus import Document
 from chassis.text.spans import text_spans
 from safetensors.torch import load_file
+from support import LiveMemory
 
 from chassis_kernels.chunks import layout
+from chassis_kernels.reference.teacher import logits as teacher_logits
+from chassis_kernels.teacher import TeacherHead
 
 MINIMAL = "student: a\nout: o\ndata: {train: [x]}\nteachers: [{model: m}]\n"
 
@@ -230,14 +233,8 @@ def test_bad_caches_are_refused_by_name(cached):
 # -- training -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [Loss(), Loss(gold_loss=True), Loss(kd_loss_mode="select_teacher"), Loss(sum_weights_metric="entropy", temperature=2.0)],
-    ids=["p-kl", "gold", "select", "dynamic"],
-)
+@pytest.mark.parametrize("loss", [Loss(), Loss(gold_loss=True), Loss(temperature=2.0)], ids=["p-kl", "gold", "tempered"])
 def test_losses_do_not_depend_on_the_micro_batch(config, loss, tmp_path):
-    if loss.kd_loss_mode == "select_teacher" or loss.sum_weights_metric:
-        loss = replace(loss, kd_loss_mode="sum", sum_weights_metric=None)  # a choice a micro-batch: see the next test
     config.loss = loss
     whole = distill(config)
     parts = distill(replace(config, out=str(tmp_path / "parts"), training=replace(config.training, micro_batch_size=1)))
@@ -298,6 +295,55 @@ def test_a_cached_teacher_gives_what_the_live_one_gives(config, tiny_testbed, tm
     cached = distill(replace(config, out=str(tmp_path / "cached")))
     for name in ("kl_loss", "ce_loss", "eval_kl_loss_t0"):
         assert logged(cached, name) == pytest.approx(logged(live, name), rel=0.02), name  # float16 on disk
+
+
+def test_hidden_states_give_what_the_logits_give(config, tmp_path):
+    config.loss = Loss(vocab_topk=64)
+    hidden = distill(config)
+    for teacher in config.teachers:
+        teacher.full_logits = True
+    logits = distill(replace(config, out=str(tmp_path / "logits")))
+    for name in ("loss", "kl_loss_t0", "kl_loss_t1", "grad_norm", "eval_kl_loss_t0", "eval_kl_loss_t1"):
+        assert logged(hidden, name) == pytest.approx(logged(logits, name), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "options,form",
+    [({"vocab_topk": 64}, TeacherHead), ({}, torch.Tensor), ({"vocab_topk": 64, "sum_weights_metric": "ce"}, torch.Tensor)],
+    ids=["few columns", "all columns", "scored teachers"],
+)
+def test_a_teacher_gives_logits_only_where_the_loss_reads_them_all(config, options, form):
+    config.loss = Loss(**options)
+    student = load_tokenizer(config.student)
+    sides = load_sides(config, student, ["def f(x):"])
+    teachers = [load_teacher(config, sides, i) for i in range(2)]
+    inputs = Collator(student, sides.tokenizers, sides.exact_only, 64)([{"text": "import os\n" * 9, "index": 0}])
+    with LiveMemory() as memory, batches(teachers, inputs) as found:
+        assert all(isinstance(teacher.logits, form) for teacher in found)
+        sizes = {teacher.vocab_size for teacher in sides.loss.teachers}
+        assert any(shape[:1] == (1,) and shape[-1] in sizes for shape in memory.shapes) == (form is torch.Tensor)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])  # plain, softcap, scale
+def test_a_teacher_s_hidden_states_make_its_logits(tiny_lm, architecture):
+    model = tiny_lm(architecture)
+    inputs = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    given = [LiveTeacher(model, 300, "t", head=head).batch(inputs, {}).logits for head in (None, inspect_head(model))]
+    torch.testing.assert_close(teacher_logits(given[1], 300), given[0])
+
+
+def test_a_head_of_another_kind_is_refused_or_taken_as_logits(config, monkeypatch):
+    config.loss = Loss(vocab_topk=64)
+    sides = load_sides(config, load_tokenizer(config.student), ["def f(x):"])
+
+    def refuse(model):
+        raise ModelError("its logits are not softcap(scale * (h Wᵀ + b))")
+
+    monkeypatch.setattr("chassis.distill.run.inspect_head", refuse)
+    with pytest.raises(ChassisError, match=r"teachers\.0: its logits are not .*teachers\.0\.full_logits=true"):
+        load_teacher(config, sides, 0)
+    config.teachers[0].full_logits = True
+    assert load_teacher(config, sides, 0).head is None
 
 
 def test_teachers_are_released_when_the_student_fails():

@@ -25,7 +25,8 @@ class Teacher:
     `projection`: a projection file; "counted" to estimate one on the training text; "tokenizers" to build one from the two
     tokenizers alone; "auto" for counted, or for tokenizers under gold_loss, which needs pinned pairs; null for the student's
     own tokenizer.
-    `offload` keeps the model on the CPU but for its own forward pass.
+    `offload` keeps the model on the CPU but for its own forward pass. Where the loss compares fewer columns than the teacher
+    has, the model gives hidden states, and [T, V_t] logits never exist; `full_logits` keeps them all the same.
     """
 
     model: str | None = None
@@ -35,6 +36,7 @@ class Teacher:
     gold_loss: bool | None = None
     xtoken_loss: bool | None = None
     offload: bool = False
+    full_logits: bool = False
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,12 +25,13 @@ from chassis.distill.config import Teacher as TeacherOptions
 from chassis.distill.packing import pack
 from chassis.distill.teachers import CachedTeacher, LiveTeacher, Teacher
 from chassis.distill.trainer import DistillTrainer
-from chassis.errors import ChassisError
+from chassis.errors import ChassisError, ModelError
 from chassis.files import ensure_writable, write_file
-from chassis.models import load_causal_lm, load_tokenizer, vocabulary_hash
+from chassis.models import Head, inspect_head, load_causal_lm, load_tokenizer, vocabulary_hash
 from chassis.results import environment
 from chassis.text.corpus import load_documents
 from chassis_kernels import SparseProjection, XTokenConfig
+from chassis_kernels.xtoken_loss import needs_logits
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 CONFIG = "config.json"
@@ -80,8 +82,8 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
     student_tokenizer = load_tokenizer(config.student)
     train, validation = datasets(config, student_tokenizer)
     sides = load_sides(config, student_tokenizer, train["text"])
-    teachers = [_teacher(config, sides, i) for i in range(len(config.teachers))]
-    student, _ = load_causal_lm(config.student)
+    teachers = [load_teacher(config, sides, i) for i in range(len(config.teachers))]
+    student, _ = load_causal_lm(config.student, dtype=torch.float32)  # what AdamW updates, whatever the precision
     arguments = training_arguments(config)
     set_seed(config.training.seed)
 
@@ -269,12 +271,21 @@ def _caches(config: DistillConfig, split: str, data: Dataset | None) -> dict[int
     return found
 
 
-def _teacher(config: DistillConfig, sides: Sides, i: int) -> Teacher:
+def load_teacher(config: DistillConfig, sides: Sides, i: int) -> Teacher:
+    """Teacher i: its cache if it has one, else its model, which gives hidden states where the loss takes them."""
     given, size = config.teachers[i], sides.loss.teachers[i].vocab_size
     if given.cache is not None:
         return CachedTeacher(size, given.cache, sides.projections[i])
     model, _ = load_causal_lm(given.model)
-    return LiveTeacher(model, size, given.model, sides.projections[i], given.offload)
+    whole = given.full_logits or needs_logits(sides.loss, i) or size <= sides.loss.vocab_topk
+    return LiveTeacher(model, size, given.model, sides.projections[i], given.offload, None if whole else _head(model, i))
+
+
+def _head(model, i: int) -> Head:
+    try:
+        return inspect_head(model)
+    except ModelError as error:
+        raise ChassisError(f"teachers.{i}: {error}; teachers.{i}.full_logits=true takes its logits as they are") from error
 
 
 def _same_run(config: DistillConfig, out: Path) -> None:

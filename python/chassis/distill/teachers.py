@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from chassis.distill.collator import chunks_of
+from chassis.models import Head, capture
 from chassis_kernels.sparse import SparseProjection
-from chassis_kernels.teacher import TopK
+from chassis_kernels.teacher import TeacherHead, TopK
 from chassis_kernels.xtoken_loss import TeacherBatch
 
 
@@ -28,13 +29,18 @@ class Teacher(Protocol):
 
 @dataclass
 class LiveTeacher:
-    """A causal LM run without gradients; with `offload` it visits the student's device for its own forward pass only."""
+    """A causal LM run without gradients; with `offload` it visits the student's device for its own forward pass only.
+
+    With its `head` it gives hidden states and the head's weight, for a loss that makes of them the columns it compares:
+    [T, V_t] logits never exist. None: it gives its logits.
+    """
 
     model: torch.nn.Module
     vocab_size: int
     name: str
     projection: SparseProjection | None = None
     offload: bool = False
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -43,12 +49,23 @@ class LiveTeacher:
         shared = inputs if self.projection is None else own
         ids, mask = shared["input_ids"], shared["attention_mask"]
         with torch.no_grad(), self._on(ids.device):
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            given = self._logits(ids, mask) if self.head is None else self._hidden(ids, mask)
         if self.projection is None:
-            return TeacherBatch(logits)
+            return TeacherBatch(given)
         if self.projection.indices.device != ids.device:
             self.projection = self.projection.to(ids.device)
-        return TeacherBatch(logits, self.projection, chunks_of(own), ids, mask)
+        return TeacherBatch(given, self.projection, chunks_of(own), ids, mask)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> TeacherHead:
+        """The weight stays on the device as long as the loss needs it, also when the model leaves."""
+        head, module = self.head, self.head.unembedding
+        hidden, bias = capture(self.model, ids, mask).final, getattr(module, "bias", None)
+        if head.scale != 1:
+            hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
+        return TeacherHead(hidden, module.weight.detach(), bias, head.softcap)
 
     @contextlib.contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
