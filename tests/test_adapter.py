@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from chassis.adapter import Adapter
-from chassis.attach import attach
 from chassis.closed_form import closed_form
 from chassis.errors import ChassisError
 from chassis.experts import LogitBiasExpert
 from chassis.export import export_peft, merge, merge_to
 from chassis.models import inspect_head, load_causal_lm, vocabulary_hash
+from chassis.port import attach
 from chassis.probes import Probe, make_windows
 from chassis.statistics import Statistics
 from support import documents, pair

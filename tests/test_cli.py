@@ -131,6 +131,33 @@ def test_generate_speaks_side_by_side(work):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_with_several_experts_routes_each_prompt(work):
+    plugs = ("--plug", f"one={work / 'out'}", "--plug", f"two={work / 'out'}")
+    command = ("generate", *plugs, "--prompt", "the quick", "--prompt", "def f", "--max-new-tokens", "8")
+
+    def rows(*routes):
+        result = chassis(*command, *(part for route in routes for part in ("--route", route)), "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["generations"]
+
+    alone = json.loads(chassis("generate", "--adapter", work / "out", *command[5:], "--json").stdout)["generations"]
+    named, mixed, each = rows("one"), rows("one=0.25, two=0.75"), rows("two", "base")
+    assert [row["adapted"] for row in named] == [row["adapted"] for row in mixed] == [row["adapted"] for row in alone]
+    assert each[0]["adapted"] == alone[0]["adapted"] and each[1]["adapted"] == each[1]["base"]
+    for row in rows():
+        assert row["route"] == min(row["surprise"], key=row["surprise"].get)
+    shown = chassis(*command, "--route", "one=0.5,two=0.5").stdout
+    assert "one=0.5, two=0.5" in shown and "route" in shown
+    for options, message in (
+        (("--route", "three"), "no adapter 'three' is plugged"),
+        (("--route", "one", "--route", "two", "--route", "one"), "3 routes for 2 prompts"),
+        (("--plug", "one"), "expected name=folder"),
+        (("--adapter", work / "out"), "give one --adapter folder, or --plug"),
+    ):
+        refused = chassis(*command, *options)
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
 def test_merge_writes_the_merged_model(work, tmp_path):
     result = chassis("merge", "--adapter", work / "out", "-o", tmp_path / "merged", "--json")
     assert json.loads(result.stdout)["out"] == str(tmp_path / "merged")

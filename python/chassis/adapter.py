@@ -2,14 +2,16 @@
 
     delta(h)[cols] = ((h - mean) U) V + bias        U [D, r], V [r, K], bias [K], mean [D], cols [K] or all V columns
 
-The change is added to what the unembedding puts out, before any logit scale or soft cap. `chassis.attach` plugs an
-adapter into a model, `chassis.export` folds it into a checkpoint or writes it as a PEFT LoRA.
+The change is added to what the unembedding puts out, before any logit scale or soft cap. `chassis.port` plugs adapters
+into a model, `chassis.merge` folds one into a checkpoint, `chassis.export` writes it in other libraries' formats.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +52,7 @@ class Adapter:
     """U [D, r], V [r, K], bias [K], mean [D], constant [D] in fp32; cols [K] int64 or None for the whole vocabulary.
 
     `constant` is the direction w with h w nearest to 1 over the fitted rows: what stands in for the bias where an output
-    head cannot hold one (`fold_bias`).
+    head cannot hold one (`fold_bias`); zero where that is not known.
     """
 
     U: torch.Tensor
@@ -90,6 +92,17 @@ class Adapter:
         named = {name: getattr(self, name) for name in (*TENSORS, "cols")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    @property
+    def offset(self) -> torch.Tensor:
+        """The bias [K] of the same map written without a mean: bias - mean U V."""
+        return self.bias - (self.mean @ self.U) @ self.V
+
+    def check_finite(self) -> None:
+        """Raise ChassisError if a stored value is NaN or infinite."""
+        bad = [name for name, tensor in self.tensors().items() if not torch.isfinite(tensor).all()]
+        if bad:
+            raise ChassisError(f"the adapter holds NaN or infinite values in {', '.join(bad)}: fit it again")
+
     def truncate(self, rank: int) -> Adapter:
         """The same fit at a smaller rank: directions are stored in order of what they explain."""
         if not 0 <= rank <= self.rank:
@@ -98,8 +111,16 @@ class Adapter:
         return dataclasses.replace(self, U=self.U[:, :rank].contiguous(), V=self.V[:rank].contiguous(), config=config)
 
     def fold_bias(self) -> Adapter:
-        """The nearest adapter without mean and bias, of rank r+1: h [U, w] [V; bias - mean U V] with w = `constant`."""
-        offset = self.bias - (self.mean @ self.U) @ self.V
+        """The nearest adapter without mean and bias, of rank r+1: h [U, w] [V; bias - mean U V] with w = `constant`.
+
+        Raises ChassisError if `constant` is not known and there is something to fold.
+        """
+        offset = self.offset
+        if offset.any() and not self.constant.any():
+            raise ChassisError(
+                "this adapter does not say which direction of the hidden states is constant (it was imported), so that its "
+                "bias cannot be folded into weights: attach it, or export it with its bias"
+            )
         return dataclasses.replace(
             self,
             U=torch.cat([self.U, self.constant[:, None]], 1),
@@ -172,3 +193,31 @@ class Adapter:
         if (adapter.config.width, adapter.config.rank) != (raw["width"], raw["rank"]):
             raise ChassisError(f"{folder}: config says {raw['width']} x {raw['rank']}, the tensors {list(adapter.U.shape)}")
         return adapter
+
+
+def combine(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
+    """The adapter whose change is the weighted sum of the changes of `parts`, (weight, adapter); ranks add up.
+
+    Its mean is the average of theirs, and its bias moved accordingly. Raises ChassisError for no parts, a weight that is
+    not finite, or adapters of different bases.
+    """
+    if not parts or not all(math.isfinite(weight) for weight, _ in parts):
+        raise ChassisError(f"weights {[weight for weight, _ in parts]}: expected one or more finite numbers")
+    first = parts[0][1]
+    for _, adapter in parts[1:]:
+        config = adapter.config
+        first.check_base(width=config.width, vocab_size=config.vocab_size, vocabulary_hash=config.vocabulary_hash)
+    mean = torch.stack([adapter.mean for _, adapter in parts]).mean(0)
+    biases = [adapter.bias + ((mean - adapter.mean) @ adapter.U) @ adapter.V for _, adapter in parts]
+    same = all(adapter.cols is None for _, adapter in parts)
+    sides = [(a.V, b) if same else a.in_vocabulary(a.V, b) for (_, a), b in zip(parts, biases, strict=True)]
+    names = " + ".join(f"{weight:g} {adapter.config.expert}".strip() for weight, adapter in parts)
+    unknown = float("nan")
+    return Adapter(
+        U=torch.cat([adapter.U for _, adapter in parts], 1),
+        V=torch.cat([weight * v for (weight, _), (v, _) in zip(parts, sides, strict=True)]),
+        bias=sum(weight * bias for (weight, _), (_, bias) in zip(parts, sides, strict=True)),
+        mean=mean,
+        constant=next((a.constant for _, a in parts if a.constant.any()), first.constant),
+        config=dataclasses.replace(first.config, expert=names, kl=unknown, no_op_kl=unknown, data_fingerprint=""),
+    )

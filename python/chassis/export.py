@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from chassis.adapter import Adapter
-from chassis.attach import output_head
 from chassis.errors import ChassisError
 from chassis.files import ensure_writable, write_folder
 from chassis.models import Head, vocabulary_hash
+from chassis.port import output_head
 
 
 @torch.no_grad()

@@ -59,10 +59,20 @@ def print_generations(generations: list[dict], console) -> None:
     grid = RichTable(title="Before and after", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
     for name in names:
         grid.add_column(name, ratio=1, overflow="fold")
+    if routed := any("route" in sample for sample in generations):
+        grid.add_column("route\n(nats per token of the prompt)", overflow="fold")
     for sample in generations:
-        grid.add_row(*(Text.assemble((sample["prompt"], "dim"), sample[name]) for name in names))
+        cells = [Text.assemble((sample["prompt"], "dim"), sample[name]) for name in names]
+        grid.add_row(*cells, *([route_text(sample)] if routed else []))
         grid.add_section()
     console.print(grid)
+
+
+def route_text(sample: dict) -> str:
+    """Who spoke and, line by line, how surprised each was by the prompt."""
+    route = sample["route"]
+    chosen = route if isinstance(route, str) else ", ".join(f"{name}={weight:g}" for name, weight in route.items())
+    return "\n".join([chosen, *(f"  {name} {number(value)}" for name, value in sample["surprise"].items())])
 
 
 def speakers(generations: list[dict]) -> list[str]:

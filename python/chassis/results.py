@@ -11,10 +11,10 @@ import transformers
 
 import chassis
 from chassis.adapter import Adapter
-from chassis.attach import attach
 from chassis.evaluate import Score, Scores, evaluate, passage
 from chassis.experts import Expert, ModelExpert
 from chassis.fit import Base, FitResult, Progress
+from chassis.port import attach
 from chassis.probes import Window
 from chassis_kernels import backends
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from chassis.errors import ChassisError
@@ -78,12 +78,32 @@ def parse_numbers(name: str, text: str, expected: str) -> tuple[int, ...]:
 
 def adapter_and_base(folder: Path, base: str | None, dtype: str | None, device: str):
     """The adapter in `folder` and the base it was fitted on, or the one named."""
-    from chassis.adapter import Adapter
-
-    adapter = Adapter.load(folder)
-    loaded = load_base(base or adapter.config.base, dtype, device)
+    adapters, loaded = adapters_and_base({"": folder}, base, dtype, device)
+    adapter = adapters[""]
     adapter.check_base(width=loaded.head.width, vocab_size=loaded.head.vocab_size, vocabulary_hash=loaded.vocabulary_hash)
     return adapter, loaded
+
+
+def adapters_and_base(folders: Mapping[str, Path], base: str | None, dtype: str | None, device: str):
+    """The adapters {name: folder} and the one base they were fitted on, or the one named."""
+    from chassis.adapter import Adapter
+
+    adapters = {name: Adapter.load(folder) for name, folder in folders.items()}
+    bases = sorted({adapter.config.base for adapter in adapters.values()})
+    if base is None and len(bases) > 1:
+        raise ChassisError(
+            f"the adapters were fitted on different bases ({', '.join(bases)}): plug those of one, or give --base"
+        )
+    return adapters, load_base(base or bases[0], dtype, device)
+
+
+def plugs(texts: Sequence[str]) -> dict[str, Path]:
+    """What `code=out1` and its like name; raises ChassisError for anything else, and for a name given twice."""
+    pairs = [text.partition("=") for text in texts]
+    named = {name: Path(folder) for name, _, folder in pairs}
+    if len(named) != len(pairs) or not all(name and folder for name, _, folder in pairs):
+        raise ChassisError(f"--plug {' --plug '.join(texts)}: expected name=folder, each name once")
+    return named
 
 
 def prompts(tokenizer, windows: Sequence, count: int = 3, length: int = 16) -> list[str]:

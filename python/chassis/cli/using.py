@@ -56,8 +56,22 @@ def evaluate(
 @command(app, "generate")
 def generate(
     terminal: Terminal,
-    adapter: options.AdapterFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from. Repeatable.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Folder that `chassis fit` wrote.", show_default=False)
+    ] = None,
+    plug: Annotated[
+        list[str] | None, typer.Option("--plug", help="Several of them, as name=folder. Repeatable.", show_default=False)
+    ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--route",
+            help="Who speaks: auto (the least surprised by the prompt), a name, base, or weights such as code=0.7,docs=0.3; "
+            "once, or once for each prompt.",
+            show_default="auto",
+        ),
+    ] = None,
     base: options.FittedBase = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.", min=1)] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
@@ -66,28 +80,47 @@ def generate(
     dtype: options.DType = None,
     device: options.Device = "cpu",
 ) -> dict:
-    """Go on from a prompt with the base as it is and with the adapter, side by side."""
+    """Go on from a prompt with the base as it is and with an adapter, or several, side by side.
+
+    `--route auto` takes the one of the base and the plugged adapters that is least surprised by the prompt: under which its
+    tokens have the lowest mean negative log-likelihood.
+    """
     import torch
 
-    from chassis.attach import attach
     from chassis.cli import loading
+    from chassis.port import Port
     from chassis.report import print_generations
     from chassis.results import continuation
+    from chassis.routing import least_surprised, parse_route, surprise
 
     if temperature <= 0:
         raise ChassisError(f"temperature {temperature}: expected more than 0 (leave out --sample for the likeliest token)")
     if not all(prompt):
         raise ChassisError("the prompt is empty: give some text to go on from")
-    fitted, loaded = loading.adapter_and_base(adapter, base, dtype, device)
+    if (adapter is None) == (not plug) or (route and not plug):
+        raise ChassisError("give one --adapter folder, or --plug name=folder as often as wanted with --route")
+    routes = route or ["auto" if plug else "adapter"]
+    if len(routes) not in (1, len(prompt)):
+        raise ChassisError(f"{len(routes)} routes for {len(prompt)} prompts: give --route once, or once for each prompt")
+    folders = loading.plugs(plug) if plug else {"adapter": adapter}
+    adapters, loaded = loading.adapters_and_base(folders, base, dtype, device)
     draw = {"do_sample": True, "temperature": temperature} if sample else {}
 
     def speak(text: str) -> str:
         torch.manual_seed(seed)
         return continuation(loaded.model, loaded.tokenizer, text, max_new_tokens, **draw)
 
-    rows = [{"prompt": text, "base": speak(text)} for text in prompt]
-    with attach(loaded.model, fitted):
-        rows = [row | {"adapted": speak(row["prompt"])} for row in rows]
+    rows = []
+    with Port(loaded.model, loaded.tokenizer) as port:
+        for name, fitted in adapters.items():
+            port.plug(name, fitted)
+        for text, wanted in zip(prompt, routes * (len(prompt) // len(routes)), strict=True):
+            ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+            surprises = surprise(loaded.model, loaded.head, adapters, ids)
+            chosen = least_surprised(surprises) if wanted == "auto" else parse_route(wanted)
+            row = {"prompt": text, "base": port.route("base") and speak(text)}
+            row["adapted"] = port.route(chosen) and speak(text)
+            rows.append(row | ({"route": chosen, "surprise": surprises} if plug else {}))
     print_generations(rows, terminal.console)
     return {"generations": rows}
 
