@@ -299,12 +299,18 @@ def test_an_interrupted_fit_says_how_to_go_on(work, tmp_path, monkeypatch):
 
 
 def test_readme_s_python_runs(work, tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    """The main job, then several experts on its base."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2])
     for name in ("base", "expert"):
         code = code.replace(f'"owner/{name}"', repr(str(work / name)))
-    code = code.replace('"texts.jsonl"', repr(str(work / "fit.jsonl"))).replace(
-        "rank=32", "rank=4, window=48, refine_steps=2"
-    )
+    for given, ours in {
+        '"texts.jsonl"': repr(str(work / "fit.jsonl")),
+        "rank=32": "rank=4, window=48, refine_steps=2",
+        '"out1"': '"out"',
+        '"out2"': '"out"',
+    }.items():
+        assert given in code
+        code = code.replace(given, ours)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "out" / "report.html").exists() and capsys.readouterr().out
