@@ -11,9 +11,10 @@ from chassis_kernels.linear_projection_kl import LinearProjectionKLStats, linear
 from chassis_kernels.moments import Moments, moments_update_
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.projection_kl import ProjectionKLStats, projection_kl
-from chassis_kernels.ridge import RidgeSolution, fit_ridge
+from chassis_kernels.ridge import HeadMap, RidgeSolution, fit_ridge
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.streaming_ridge import StreamingRidge
+from chassis_kernels.streaming_ridge_cv import StreamingRidgeCV
 from chassis_kernels.teacher import Teacher, TeacherHead, TopK
 from chassis_kernels.token_kl import token_kl
 from chassis_kernels.xtoken_config import TeacherConfig, XTokenConfig
@@ -26,6 +27,7 @@ __all__ = [
     "Bridged",
     "Chunks",
     "Delta",
+    "HeadMap",
     "LinearKLStats",
     "LinearProjectionKLStats",
     "Moments",
@@ -34,6 +36,7 @@ __all__ = [
     "RidgeSolution",
     "SparseProjection",
     "StreamingRidge",
+    "StreamingRidgeCV",
     "Teacher",
     "TeacherBatch",
     "TeacherConfig",

@@ -9,14 +9,12 @@ some of them are worth a merge (`rows.PENDING_ROWS` rows or `rows.PENDING_BYTES`
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends, rows
+from chassis_kernels import backends, rows, state_file
 from chassis_kernels.reference import moments as reference
 
 FORMAT = {"format": "chassis.moments", "version": "1"}
@@ -43,17 +41,14 @@ class Moments:
     yy = _merged("yy", "q, [T]; with full_y the upper triangle of Σ w (y-m_y)ᵀ(y-m_y), [T, T].")
 
     @torch.inference_mode(False)  # made under inference mode, the moments must still be updatable outside
-    def __init__(
-        self, dim_x: int, dim_y: int = 0, *, full_y: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, dim_x: int, dim_y: int = 0, *, full_y: bool = False, device: torch.device | str = "cpu") -> None:
         if dim_x < 1 or dim_y < 0:
             raise ValueError(f"dim_x {dim_x}, dim_y {dim_y}: expected at least one column of x and none or more of y")
         self.dim_x, self.dim_y, self.full_y, self.device = dim_x, dim_y, full_y, torch.device(device)
         self.rows = self.dropped = 0
         shapes = ((), (dim_x,), (dim_x, dim_x), (dim_y,), (dim_x, dim_y), (dim_y, dim_y) if full_y else (dim_y,))
         self._state = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device)
-            for name, shape in zip(_STATE, shapes, strict=True)
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in zip(_STATE, shapes, strict=True)
         }
         self._waiting = rows.Waiting()
 
@@ -102,24 +97,12 @@ class Moments:
         any error the moments are what they were. Raises ValueError for shapes, dtypes, devices or weights that do not fit.
         """
         batch, kept = self._checked(x, y, weight, mask)
-        if nan not in ("raise", "drop"):
-            raise ValueError(f'nan={nan!r}: expected "raise" or "drop"')
-        bad = rows.not_finite(batch[0]) if y is None else rows.not_finite(batch[0]) | rows.not_finite(batch[1])
-        if kept is not None:
-            bad &= kept
-        n_bad = int(bad.sum())
-        if n_bad and nan == "raise":
-            raise ValueError(
-                f"{n_bad} of {len(x)} rows hold NaN or infinity, the first is row {int(bad.nonzero()[0])}: repair them, "
-                'mask them out, or pass nan="drop" to leave them out and count them'
-            )
-        if n_bad:
-            kept = ~bad if kept is None else kept & ~bad
+        kept, n_bad = rows.screened(batch, kept, nan)
         n_rows = len(x) if kept is None else int(kept.sum())
         if n_rows >= rows.capacity(batch):
             self.flush()._run(rows.zero_weighted(batch, kept))
         elif n_rows:
-            self._wait(batch if kept is None else tuple(t if t is None else t[kept] for t in batch))
+            self._wait(rows.selected(batch, kept))
         self.rows += n_rows
         self.dropped += n_bad
         return self
@@ -206,35 +189,14 @@ class Moments:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; an interrupted write leaves the file that was there."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(state, temporary, metadata=FORMAT | {"full_y": str(int(self.full_y))})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        state_file.write(path, self.state_dict(), FORMAT | {"full_y": str(int(self.full_y))})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Moments:
         """Read what `save` wrote; raises ValueError for any other file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file ({error}): save the moments again") from error
-        found = {key: metadata.get(key) for key in FORMAT}
-        if found != FORMAT or not {"mean_x", "mean_y"} <= set(state):
-            raise ValueError(f"{path} holds {found}, expected {FORMAT}: it was not written by this version of Moments.save")
+        state, metadata = state_file.read(path, FORMAT, device, what="Moments.save")
+        if not {"mean_x", "mean_y"} <= set(state):
+            raise ValueError(f"{path} holds {sorted(state)}: it was not written by this version of Moments.save")
         full_y = metadata.get("full_y") == "1"
         moments = cls(len(state["mean_x"]), len(state["mean_y"]), full_y=full_y, device=device)
         moments.load_state_dict(state)

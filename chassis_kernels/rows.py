@@ -58,6 +58,31 @@ def not_finite(rows: Tensor) -> Tensor:
     return bad
 
 
+def screened(batch: Batch, kept: Tensor | None, nan: str) -> tuple[Tensor | None, int]:
+    """Which rows count without those that are not finite, and how many those are; with nan="raise" they are a ValueError."""
+    if nan not in ("raise", "drop"):
+        raise ValueError(f'nan={nan!r}: expected "raise" or "drop"')
+    x, y, _ = batch
+    bad = not_finite(x) if y is None else not_finite(x) | not_finite(y)
+    if kept is not None:
+        bad &= kept
+    n_bad = int(bad.sum())
+    if n_bad and nan == "raise":
+        raise ValueError(
+            f"{n_bad} of {len(x)} rows hold NaN or infinity, the first is row {int(bad.nonzero()[0])}: repair them, "
+            'mask them out, or pass nan="drop" to leave them out and count them'
+        )
+    if n_bad:
+        kept = ~bad if kept is None else kept & ~bad
+    return kept, n_bad
+
+
+def selected(batch: Batch, kept: Tensor | None) -> Batch:
+    """The rows that count; without a mask the batch itself."""
+    x, y, weight = (t if t is None or kept is None else t[kept] for t in batch)
+    return x, y, weight
+
+
 def zero_weighted(batch: Batch, kept: Tensor | None) -> Batch:
     """The batch itself, with weight 0 for the rows that do not count."""
     x, y, weight = batch

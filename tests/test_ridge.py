@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from support import LiveMemory
 
-from chassis_kernels import Moments, ridge
+from chassis_kernels import Moments, ridge, solvers
 from chassis_kernels.streaming_ridge import StreamingRidge
 
 
@@ -165,6 +166,76 @@ def test_constant_columns_get_no_weight():
     constant, intercept = ridge.fit_ridge(torch.ones(5, 3), y[:5], 1.0)
     assert not constant.any()
     torch.testing.assert_close(intercept[0], y[:5].mean(0))
+
+
+@pytest.mark.parametrize("n", [300, 9], ids=["primal", "dual"])
+def test_targets_through_an_unembedding_are_those_targets(n):
+    x, _ = problem(n)
+    hidden = x @ torch.randn(12, 5, dtype=torch.float64) + torch.randn(n, 5, dtype=torch.float64)
+    unembedding = torch.randn(40, 5)  # float32 among float64 rows
+    W, b = ridge.fit_ridge(x, (hidden, unembedding), 0.5)
+    explicit, expected_b = ridge.fit_ridge(x, hidden @ unembedding.double().T, 0.5)
+    assert W.shape == explicit.shape == (12, 40) and W.hidden.shape == (12, 5) and b.shape == (1, 40)
+    torch.testing.assert_close(W.dense(), explicit, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(b, expected_b, rtol=1e-8, atol=1e-7)
+    torch.testing.assert_close(x @ W + b, x @ explicit + b, rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match=r"W_U torch.float32 \(40, 6\)\): expected floats W_U \[V, 5\]"):
+        ridge.fit_ridge(x, (hidden, torch.randn(40, 6)), 0.5)
+
+
+@pytest.mark.parametrize("n", [300, 9], ids=["primal", "dual"])
+def test_weights_and_dropped_rows_in_memory(n):
+    x, y = problem(n)
+    weight = torch.arange(n).double() % 3
+    whole = weight.long()
+    W, b = ridge.fit_ridge(x, y, 0.5, weight=weight)
+    expected, expected_b = normal_equations(x.repeat_interleave(whole, 0), y.repeat_interleave(whole, 0), 0.5)
+    torch.testing.assert_close(W, expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(b[0], expected_b, rtol=1e-7, atol=1e-7)
+    x[5, 3], y[7, 1] = torch.nan, torch.inf
+    good = torch.ones(n, dtype=torch.bool)
+    good[[5, 7]] = False
+    dropped, _ = ridge.fit_ridge(x, y, 0.5, weight=weight, nan="drop")
+    torch.testing.assert_close(dropped, ridge.fit_ridge(x[good], y[good], 0.5, weight=weight[good])[0])
+
+
+def test_rows_wait_while_they_are_fewer_than_columns_and_need_no_square_matrix():
+    x, y = problem(20, 3000)
+    with LiveMemory() as memory:
+        few = StreamingRidge(0.1).partial_fit(x[:8], y[:8]).partial_fit(x[8:], y[8:])
+        predicted = few.predict(x)
+    assert (3000, 3000) not in memory.shapes
+    x, y = x[:, :15], y
+    few, many = StreamingRidge(0.1).fit(x[:9], y[:9]), StreamingRidge(0.1).partial_fit(x, y)
+    expected, _ = normal_equations(x[:9], y[:9], few.alpha_)
+    np.testing.assert_allclose(few.coef_, expected.T, rtol=1e-7)
+    few.partial_fit(x[9:14], y[9:14]).partial_fit(x[14:], y[14:])  # the fifteenth row makes them moments
+    np.testing.assert_allclose(few.coef_, many.coef_, rtol=1e-8)
+    assert predicted.shape == (20, 4) and few.moments_.rows == few.n_samples_seen_ == 20
+
+
+def test_a_device_whose_eigensolver_fails_is_named_and_the_cpu_asked():
+    class Elsewhere:  # as far as the fallback looks at a tensor
+        device = torch.device("cuda", 1)
+
+        def cpu(self):
+            return torch.eye(3, dtype=torch.float64)
+
+    class Moved(torch.Tensor):
+        def to(self, device):
+            assert device == Elsewhere.device
+            return self
+
+    def eigh(matrix):
+        if isinstance(matrix, Elsewhere):
+            raise torch.linalg.LinAlgError("failed to converge\nat length")
+        return tuple(t.as_subclass(Moved) for t in torch.linalg.eigh(matrix))
+
+    with pytest.warns(RuntimeWarning, match=r"^eigh failed on cuda:1 \(failed to converge\): done on the CPU instead$"):
+        values, _ = solvers.decompose(eigh, Elsewhere())
+    assert values.tolist() == [1, 1, 1]
+    with pytest.raises(torch.linalg.LinAlgError):  # on the CPU there is nothing to fall back to
+        solvers.decompose(torch.linalg.cholesky, -torch.eye(3))
 
 
 @pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf])
