@@ -137,6 +137,7 @@ def test_packing_by_tokens(tiny_tokenizer):
 
 def test_batches_count_what_the_losses_count(config):
     student = load_tokenizer(config.student)
+    config.teachers[0].projection = "tokenizers"
     sides = load_sides(config, student, [])
     samples = [{"text": "def f(x):\n    return x", "index": 0}, {"text": "import os", "index": 1, "sample_mask": 0.0}]
     batch = Collator(student, sides.tokenizers, sides.exact_only, 64)(samples)

@@ -1,8 +1,11 @@
 """The Gauss-Newton statistics against the same expressions written out over all rows in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from chassis.closed_form import closed_form
+from chassis.errors import ChassisError
 from chassis.experts import Readout
 from chassis.newton import DAMPING, STEPS, ProbabilityStatistics, newton_closed_form, probabilities
 from chassis.probes import Rows
@@ -62,6 +65,16 @@ def test_the_step_that_leaves_least_on_validation_is_taken():
     best = mean_kl(newton_closed_form(statistics, 1e-6, 3, held).adapter(3), base, expert, held)
     each = [mean_kl(closed_form(statistics.newton(s), 1e-6).adapter(3), base, expert, held) for s in STEPS]
     assert best == min(each) and best < 0.6 * before
+
+
+def test_no_finite_kl_is_said_and_not_papered_over():
+    base = readout()
+    statistics = ProbabilityStatistics(base, Readout(None))
+    (rows,) = batches(base, n=1)
+    statistics.update(rows)
+    broken = dataclasses.replace(rows, expert=torch.full_like(rows.expert, torch.nan))
+    with pytest.raises(ChassisError, match="finite for none of the steps 1.0, .* check that"):
+        newton_closed_form(statistics, 1e-6, 3, [broken])
 
 
 def test_probabilities_with_zeros_are_fine():

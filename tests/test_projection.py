@@ -18,6 +18,7 @@ from chassis.bridge.projection_file import load_projection, save_projection
 from chassis.errors import BridgeError
 from chassis.testbed.tokenizers import byte_level, sentencepiece_style
 from chassis.text.token_bytes import TokenBytes
+from tokenizers import normalizers
 
 from chassis_kernels import SparseProjection
 
@@ -96,6 +97,17 @@ def test_counted_rows_are_the_counts_at_common_starts(pair):
     for i, found in counts.items():
         total = sum(found.values())
         assert row(projection, i) == pytest.approx({j: n / total for j, n in found.items()}, rel=1e-5)
+
+
+def test_nothing_counted_and_normalizers_that_never_agree_are_refused(pair):
+    student, teacher = pair
+    for texts in ([], [""]):
+        with pytest.raises(BridgeError, match="no text to count on: give texts"):
+            counted_projection(student, teacher, texts)
+    shouting = byte_level([TEXT.upper()] * 3, 300).backend_tokenizer
+    shouting.normalizer = normalizers.Replace("q", "qq")
+    with pytest.raises(BridgeError, match="normalizers do not agree on 'the q"):
+        counted_projection(student, TokenBytes.from_tokenizer(shouting, check=False), [TEXT])
 
 
 def test_embedding_rows_find_the_rotated_token(pair):

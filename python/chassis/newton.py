@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from chassis.closed_form import ClosedForm, closed_form, fisher
+from chassis.errors import ChassisError
 from chassis.experts import Readout
 from chassis.probes import Rows
 from chassis.refine import mean_kl
@@ -84,7 +85,8 @@ def probabilities(hidden: torch.Tensor, base: Readout) -> tuple[torch.Tensor, to
 def newton_closed_form(statistics: ProbabilityStatistics, alpha: float, rank: int, validation: Sequence[Rows]) -> ClosedForm:
     """The closed form of the step of STEPS that leaves the smallest KL on the validation rows at `rank`.
 
-    For refinement, whose expert is `statistics.target`; the closed form's own is the base's unembedding.
+    For refinement, whose expert is `statistics.target`; the closed form's own is the base's unembedding. Raises ChassisError
+    if no step leaves a finite KL.
     """
     best, least = None, math.inf
     for step in STEPS:
@@ -93,5 +95,8 @@ def newton_closed_form(statistics: ProbabilityStatistics, alpha: float, rank: in
         if kl < least:
             best, least = closed, kl
     if best is None:
-        best = closed_form(statistics.newton(STEPS[-1]), alpha)
+        raise ChassisError(
+            f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that the "
+            "expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
+        )
     return best

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from chassis.bridge.counting import encode_both
 from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import SparseProjection, fit_ridge
@@ -152,7 +153,8 @@ def counted_projection(student, teacher, texts: Iterable[str], *, k: int = 8, pr
     is s. The rows of `build_projection` count as `prior` occurrences, so that no token is left out.
 
     Unlike rows from the tokenizers alone they reach every teacher token that begins where a student token does: an exact
-    pair is pinned only as far as the text bears it out.
+    pair is pinned only as far as the text bears it out. Raises BridgeError where nothing was counted, and for a text that
+    the two normalizers never agree on.
     """
     student, teacher = (t if isinstance(t, TokenBytes) else TokenBytes.from_tokenizer(t) for t in (student, teacher))
     base = build_projection(student, teacher, k=k)
@@ -160,13 +162,12 @@ def counted_projection(student, teacher, texts: Iterable[str], *, k: int = 8, pr
     parts = [
         Entries(stored.nonzero()[:, 0].numpy(), base.indices[stored].numpy(), prior * base.weights[stored].double().numpy())
     ]
-    for text in texts:
-        a, b = student.encode(text), teacher.encode(text)
-        if a.data != b.data or not len(a):
-            continue  # normalised differently: its bytes are not the same text
+    for a, b in encode_both(student, teacher, (text for text in texts if text)):
         starts = np.intersect1d(np.append(0, a.ends[:-1]), np.append(0, b.ends[:-1]))
         rows, columns = (e.ids[np.searchsorted(e.ends, starts, side="right")] for e in (a, b))
         parts.append(Entries(rows, columns, np.ones(len(starts))))
+    if not any(len(part.rows) for part in parts[1:]):
+        raise BridgeError("no text to count on: give texts, or build the projection from the two tokenizers alone")
     return _rows(Entries.join(parts), student.n_tokens, teacher.n_tokens, k)
 
 
