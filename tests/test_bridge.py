@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from bridge_problems import bpe, random_logits
 from chassis.bridge import Bridge, ExpertStates, lookahead, text_windows, tree_logits
 from chassis.bridge.rules import METHODS
 from chassis.errors import BridgeError
@@ -12,21 +13,11 @@ from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, add, byte_level, metaspace_bpe, sentencepiece_bpe, unigram, wordpiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 
 from chassis_kernels import BridgeTable
 
 WORDS = ["the quick brown fox", " jumps over", "\n    return x + 1\n", "naïve 日本 🙂", "12345", "dog's don't"]
-
-
-def bpe(alphabet: str, *merges: tuple[str, str]) -> TokenBytes:
-    """BPE over these characters with these merges, each of the characters a byte."""
-    merges = [(a.replace(" ", "Ġ"), b.replace(" ", "Ġ")) for a, b in merges]
-    pieces = [*alphabet.replace(" ", "Ġ"), *(a + b for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return TokenBytes.from_tokenizer(tokenizer, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +33,6 @@ def base():
 @pytest.fixture(scope="module")
 def counted(expert, base):
     return Bridge.build(expert, base, "counted", TEXTS * 10)
-
-
-def random_logits(plan, width, seed=0):
-    """Logits that depend on the tokens that lead to a node alone."""
-    rows = [torch.Generator().manual_seed(hash((seed, *plan.tree.path(node))) % 2**62) for node in range(len(plan.tree))]
-    return torch.stack([2 * torch.randn(width, generator=g) for g in rows])
 
 
 def test_probabilities_sum_to_one_and_nothing_is_unmapped(counted):

@@ -28,11 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from chassis.bridge import jeffrey
 from chassis.bridge.apply import States, project_positions
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plan
+from chassis.bridge.row_probabilities import row_probabilities
 from chassis.bridge.rules import METHODS, special_pairs, string_table
 from chassis.errors import BridgeError
 from chassis.files import write_file
@@ -40,7 +42,9 @@ from chassis.text.samples import SAMPLES
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
+from chassis_kernels.reference.bridge_project import expert_probabilities
 
+COUNTED = ("counted", "jeffrey_counted")  # methods that need text
 FORMAT = "chassis.bridge", "1"
 FLOOR = 1e-4  # share of the base's unigram distribution in a score, so that a token never counted has a probability
 
@@ -61,23 +65,38 @@ class Bridge:
     def build(
         cls, expert: TokenBytes, base: TokenBytes, method: str = "counted", texts: Iterable[str] | None = None
     ) -> Bridge:
-        """Build from the two vocabularies and, for "counted", from any text of the kind it will be used on.
+        """Build from the two vocabularies and, for methods in COUNTED, from any text of the kind it will be used on.
 
-        Raises BridgeError for an unknown method, tokenizers that lose text or whose normalizers differ in more than the
-        Unicode normal form (which is warned of), "counted" without texts or with less than 10 kB of them.
+        Raises BridgeError for an unknown method, "em" (which asks the expert: see `em.likeliest`), tokenizers that lose text
+        or whose normalizers differ in more than the Unicode normal form (which is warned of), and methods in COUNTED without
+        texts or with less than 10 kB of them.
         """
-        if method not in (*METHODS, "counted"):
-            raise BridgeError(f"method {method!r}: expected one of {', '.join(METHODS)}, counted")
-        if method == "counted" and texts is None:
-            raise BridgeError("method 'counted' needs texts to count on; without any, build 'canonical'")
+        if method == "em":
+            raise BridgeError("method 'em' needs the expert's model: count a bridge and give it to chassis.bridge.likeliest")
+        if method not in (*METHODS, *COUNTED, "jeffrey"):
+            known = ", ".join((*METHODS, "jeffrey", *COUNTED))
+            raise BridgeError(f"method {method!r}: expected one of {known}, or em")
+        if method in COUNTED and texts is None:
+            raise BridgeError(f"method {method!r} needs texts to count on; without any, build 'canonical'")
         _check_pair(expert, base)
         leaves = Leaves(expert)
-        prior = string_table("canonical" if method == "counted" else method, expert, base, leaves.strings)
         unigram = torch.full((base.width,), 1 / base.width, dtype=torch.float64)
-        if method == "counted":
+        if method in COUNTED:
             counts = count(expert, base, leaves, texts)
-            prior, unigram = counts.table(prior), counts.unigram()
-        return cls(expert, base, method, prior, leaves, unigram)
+            table, unigram = counts.table(string_table("canonical", expert, base, leaves.strings)), counts.unigram()
+        elif method == "jeffrey":
+            table = jeffrey.string_ratios(expert, base, leaves)
+        else:
+            table = string_table(method, expert, base, leaves.strings)
+        bridge = cls(expert, base, "counted" if method in COUNTED else method, table, leaves, unigram)
+        return bridge.asking_base() if method == "jeffrey_counted" else bridge
+
+    def asking_base(self) -> Bridge:
+        """The "jeffrey_counted" bridge of the same counts; for a counted one."""
+        if self.method != "counted":
+            raise BridgeError(f"method {self.method}: only a counted bridge can ask the base for its ratios")
+        ratios = jeffrey.counted_ratios(self.table, self.unigram)
+        return Bridge(self.expert, self.base, "jeffrey_counted", ratios, self.leaves, self.unigram)
 
     @property
     def mask(self) -> CanonicalMask:
@@ -98,6 +117,11 @@ class Bridge:
         """Whether every expert token has base tokens: q then sums to 1, else to the mapped mass."""
         return self.method not in ("exact", "two_segment")
 
+    @property
+    def asks_base(self) -> bool:
+        """Whether `apply` and `project` need the base's own log-probabilities: the table is then the W of `jeffrey`."""
+        return self.method in jeffrey.METHODS
+
     def plan(self, text: str) -> Plan:
         """Base tokens of a text and the expert states they are predicted from. Raises BridgeError as `joint_text` does."""
         text = joint_text(self.expert, self.base, text)
@@ -105,17 +129,31 @@ class Bridge:
             return identity_plan(self.base, text)
         return make_plan(self.expert, self.base, self.under_way, text)
 
-    def apply(self, plan: Plan, logits: Tensor, *, masked: bool = True, temperature: float = 1.0) -> Bridged:
+    def apply(
+        self,
+        plan: Plan,
+        logits: Tensor,
+        *,
+        base_log_probs: Tensor | None = None,
+        masked: bool = True,
+        temperature: float = 1.0,
+    ) -> Bridged:
         """log q [n, V_B], mapped mass [n] and uncertainty [n] at the base positions of a plan.
 
-        logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`. With the same tokenizer on both sides log q
-        is log_softmax(logits), bit for bit. Raises BridgeError for logits of another shape.
+        logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`; base_log_probs [n, V_B], the base's own, for
+        methods that ask it. With the same tokenizer on both sides log q is log_softmax(logits), bit for bit. Raises
+        BridgeError for tensors of another shape, and where the base's are missing.
         """
         self._check_logits(logits, len(plan.tree))
         if self.identical:
             return self._same(logits[: len(plan)], temperature)
         states = States(plan, logits, self.under_way, self.padding, temperature)
         blocked = self._blocked(np.concatenate([[-1], plan.base_ids[:-1]])) if masked else None
+        if self.asks_base:
+            self._check_asked(base_log_probs, len(plan))
+            tiles = row_probabilities(states, len(self.leaves), len(self.table.ids))
+            parts = [self._weigh(P, base_log_probs[tile], blocked, tile) for tile, P in tiles]
+            return Bridged(*(torch.cat(column) for column in zip(*parts, strict=True)))
         log_q = torch.empty(len(plan), self.base.width, device=logits.device)
         mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
         for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete):
@@ -130,10 +168,12 @@ class Bridge:
         log_probs: Tensor | None = None,
         ids: Tensor | None = None,
         previous: Tensor | None = None,
+        base_log_probs: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Bridged:
         """q = Pᵀ M for distributions right after an expert token that is complete: logits [N, >= V_E], or the top-k
-        log_probs [N, k] of tokens ids [N, k]. previous [N]: the base tokens before them, to block what cannot follow."""
+        log_probs [N, k] of tokens ids [N, k]. previous [N]: the base tokens before them, to block what cannot follow.
+        base_log_probs [N, V_B]: the base's own, for methods that ask it (`asks_base`)."""
         if logits is not None:
             self._check_logits(logits, len(logits))
             if self.identical:
@@ -141,11 +181,15 @@ class Bridge:
             padding = self.padding
             logits = logits[:, : self.expert.width]
             logits = logits if padding is None else logits.masked_fill(padding.to(logits.device), -torch.inf)
-        options = {}
-        if previous is not None:
-            lists, places = self._blocked(previous.cpu().numpy())
-            options = {"blocked": lists, "previous": places}
         normalize = self.complete and logits is not None
+        blocked = None if previous is None else self._blocked(previous.cpu().numpy())
+        if self.asks_base:
+            given = log_probs if logits is None else logits
+            self._check_asked(base_log_probs, len(given))
+            z = given.new_zeros(len(given), 0) if logits is None else logits
+            P, _ = expert_probabilities(z.float(), log_probs, ids, None, len(self.leaves), temperature)
+            return jeffrey.weigh(P, self.table, base_log_probs, blocked, normalize=normalize)
+        options = {} if blocked is None else {"blocked": blocked[0], "previous": blocked[1]}
         return bridge_project(
             logits, self.table, log_probs=log_probs, ids=ids, temperature=temperature, normalize=normalize, **options
         )
@@ -230,6 +274,18 @@ class Bridge:
         """[V_E] bool: rows of the expert's head that are no token; None if all are."""
         padding = torch.tensor([role == "padding" for role in self.expert.role_of])
         return padding if padding.any() else None
+
+    def _weigh(self, P: Tensor, base_log_probs: Tensor, blocked, tile: slice) -> Bridged:
+        blocked = None if blocked is None else (blocked[0], blocked[1][tile])
+        return jeffrey.weigh(P, self.table, base_log_probs, blocked, normalize=True)
+
+    def _check_asked(self, base_log_probs: Tensor | None, n: int) -> None:
+        given = "missing" if base_log_probs is None else list(base_log_probs.shape)
+        if given != [n, self.base.width]:
+            raise BridgeError(
+                f"base_log_probs are {given}, expected [{n}, {self.base.width}]: method {self.method} asks the base which "
+                "of its tokens comes"
+            )
 
     def _blocked(self, previous: np.ndarray):
         return self.mask.lists(previous.tolist())

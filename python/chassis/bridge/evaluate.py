@@ -18,11 +18,12 @@ from torch import Tensor
 from chassis.bridge.bridge import FLOOR, Bridge
 from chassis.bridge.lookahead import lookahead
 from chassis.bridge.plan import Plan
-from chassis.bridge.states import ExpertStates
+from chassis.bridge.states import ExpertStates, tree_logits
 from chassis.bridge.windows import TextWindow, text_windows
 from chassis.errors import BridgeError
 from chassis.models import capture
 from chassis.text.corpus import Document
+from chassis_kernels.bridge_project import Bridged
 
 WEIGHTS = tuple(round(0.05 * i, 2) for i in range(21))  # of the base in the mixture
 MIXTURE = "mixture with the base"
@@ -63,6 +64,25 @@ class Models:
     start_id: int
 
 
+@dataclass
+class Reading:
+    """One window, read once by both models."""
+
+    part: TextWindow
+    plan: Plan
+    logits: Tensor  # [n_nodes, V_E], the expert's
+    log_p: Tensor  # [n, V_B], the base's own log-probabilities
+
+    @property
+    def scored(self) -> Tensor:
+        """[n] bool: positions that count in this window."""
+        return torch.from_numpy(self.plan.begins >= self.part.seen)
+
+    def chosen(self, log_probs: Tensor) -> Tensor:
+        """Log-probability [n] float64 of the tokens of the text under log_probs [n, V_B]."""
+        return log_probs.gather(1, torch.from_numpy(self.plan.base_ids)[:, None])[:, 0].double()
+
+
 @torch.no_grad()
 def evaluate(
     models: Models,
@@ -81,34 +101,33 @@ def evaluate(
     `looks`: evaluations a position for rows of lookahead; `reference`: how many the reference has (0: none), against which
     KL and top-1 are measured at positions where both tokenizations have ended. Raises BridgeError without text.
     """
-    bridge = bridges[main][0]
+    bridge, masked = bridges[main]
     parts = {split: _windows(bridge, documents[split], window, max_windows) for split in ("validation", "test")}
     mixing = np.zeros(len(WEIGHTS))
     for done, part in enumerate(parts["validation"], 1):
-        _, scored, log_q, log_p, ids = _read(models, bridge, part, bridges[main][1])
-        for i, weight in enumerate(WEIGHTS):
-            mixing[i] += float(_mixed(log_q, log_p, ids, weight)[scored].sum())
+        reading = read(models, bridge, part)
+        log_q = _floored(bridge, bridge.apply(reading.plan, reading.logits, masked=masked).log_q)
+        mixing += [float(_mixed(reading, log_q, weight)[reading.scored].sum()) for weight in WEIGHTS]
         progress("mixture", done, len(parts["validation"]))
     weight = WEIGHTS[int(mixing.argmin())]
     names = [*bridges, *(f"lookahead {m}" for m in looks), MIXTURE, "base alone"]
     tallies = {name: Tally() for name in names}
-    own, n_bytes = 0.0, 0
+    own, n_bytes, passage = 0.0, 0, None
     for done, part in enumerate(parts["test"], 1):
-        plan, states, logits = _run(models, bridge, part.text)
-        scored = torch.from_numpy(plan.begins >= part.seen)
+        reading = read(models, bridge, part)
+        plan, scored = reading.plan, reading.scored
         n_bytes += part.n_bytes
-        own += _own_nats(bridge, plan, logits, part.seen)
-        results = {name: one.apply(plan, logits, masked=masked) for name, (one, masked) in bridges.items()}
-        results |= {f"lookahead {m}": _look(bridge, plan, models, m, bridges[main][1]) for m in looks}
+        own += _own_nats(bridge, reading)
+        results = {name: _apply(one, reading, blocking) for name, (one, blocking) in bridges.items()}
+        results |= {f"lookahead {m}": _look(bridge, plan, models, m, masked) for m in looks}
         truth = _look(bridge, plan, models, reference, True).log_q if reference else None
         aligned = scored & torch.tensor([bool(c) for c in plan.complete])
-        log_p = _base_log_probs(models, bridge, plan)
-        ids = torch.from_numpy(plan.base_ids)
         for name, result in results.items():
             used = bridges[name][0] if name in bridges else bridge
             _add(tallies[name], used.nll(plan, result), result, scored, truth, aligned)
-        tallies[MIXTURE].nats += float(_mixed(_floored(bridge, results[main].log_q), log_p, ids, weight)[scored].sum())
-        tallies["base alone"].nats += float(-log_p.gather(1, ids[:, None])[:, 0][scored].double().sum())
+        tallies[MIXTURE].nats += float(_mixed(reading, _floored(bridge, results[main].log_q), weight)[scored].sum())
+        tallies["base alone"].nats -= float(reading.chosen(reading.log_p)[scored].sum())
+        passage = passage or _passage(bridge, reading, results[main])
         progress("test", done, len(parts["test"]))
     rows = [tallies[name].row(name, n_bytes) for name in names]
     best = {"name": "expert in its own tokens", "bits_per_byte": own / math.log(2) / n_bytes}
@@ -119,7 +138,7 @@ def evaluate(
         "test_bytes": n_bytes,
         "test_windows": len(parts["test"]),
         "coverage": bridge.coverage(),
-        "passage": _passage(models, bridge, parts["test"][0]),
+        "passage": passage,
     }
 
 
@@ -135,10 +154,16 @@ def _windows(bridge: Bridge, documents: Sequence[Document], length: int, limit: 
     return found
 
 
-def _run(models: Models, bridge: Bridge, text: str) -> tuple[Plan, ExpertStates, Tensor]:
-    plan = bridge.plan(text)
-    states = ExpertStates(models.expert_model, models.start_id)
-    return plan, states, states.grow(plan.tree.tokens, plan.tree.parent)
+def read(models: Models, bridge: Bridge, part: TextWindow) -> Reading:
+    """Plan a window and run both models over it."""
+    plan = bridge.plan(part.text)
+    logits = tree_logits(models.expert_model, plan.tree, models.start_id)
+    return Reading(part, plan, logits, _base_log_probs(models, bridge, plan))
+
+
+def _apply(bridge: Bridge, reading: Reading, masked: bool) -> Bridged:
+    log_p = reading.log_p if bridge.asks_base else None
+    return bridge.apply(reading.plan, reading.logits, base_log_probs=log_p, masked=masked)
 
 
 def _look(bridge: Bridge, plan: Plan, models: Models, evaluations: int, masked: bool):
@@ -147,20 +172,13 @@ def _look(bridge: Bridge, plan: Plan, models: Models, evaluations: int, masked: 
     return lookahead(bridge, plan, states, logits, evaluations, masked=masked)
 
 
-def _read(models: Models, bridge: Bridge, part: TextWindow, masked: bool):
-    plan, _, logits = _run(models, bridge, part.text)
-    log_q = _floored(bridge, bridge.apply(plan, logits, masked=masked).log_q)
-    scored = torch.from_numpy(plan.begins >= part.seen)
-    return plan, scored, log_q, _base_log_probs(models, bridge, plan), torch.from_numpy(plan.base_ids)
-
-
 def _floored(bridge: Bridge, log_q: Tensor) -> Tensor:
     return ((1 - FLOOR) * log_q.exp() + FLOOR * bridge.unigram.to(log_q)).log()
 
 
-def _mixed(log_q: Tensor, log_p: Tensor, ids: Tensor, weight: float) -> Tensor:
+def _mixed(reading: Reading, log_q: Tensor, weight: float) -> Tensor:
     """Nats of the tokens [n] under (1 - weight) q + weight p."""
-    q, p = (x.gather(1, ids[:, None])[:, 0].double().exp() for x in (log_q, log_p))
+    q, p = (reading.chosen(x).exp() for x in (log_q, reading.log_p))
     return -((1 - weight) * q + weight * p).log()
 
 
@@ -175,14 +193,14 @@ def _base_log_probs(models: Models, bridge: Bridge, plan: Plan) -> Tensor:
     return log_p
 
 
-def _own_nats(bridge: Bridge, plan: Plan, logits: Tensor, seen: int) -> float:
-    """Nats of the expert's own tokens that begin at `seen` or after, by the same logits."""
-    tree = plan.tree
+def _own_nats(bridge: Bridge, reading: Reading) -> float:
+    """Nats of the expert's own tokens that begin in the scored part, by the same logits."""
+    plan, tree = reading.plan, reading.plan.tree
     nodes = torch.arange(1, tree.n_trunk + 1)
     tokens, parents = torch.from_numpy(tree.tokens)[nodes], torch.from_numpy(tree.parent)[nodes]
     begins = torch.from_numpy(np.concatenate([[0], np.cumsum(bridge.expert.lengths[plan.expert_ids])[:-1]]))
-    log_p = logits[parents][:, : bridge.expert.width].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    return float(-log_p[begins >= seen].double().sum())
+    log_p = reading.logits[parents][:, : bridge.expert.width].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return float(-log_p[begins >= reading.part.seen].double().sum())
 
 
 def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None, aligned: Tensor) -> None:
@@ -198,12 +216,9 @@ def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None
         tally.compared += int(aligned.sum())
 
 
-def _passage(models: Models, bridge: Bridge, part: TextWindow) -> dict:
-    """One window token by token: bits of bridge and base, uncertainty."""
-    plan, _, log_q, log_p, ids = _read(models, bridge, part, True)
-    plan, _, logits = _run(models, bridge, part.text)
-    u = bridge.apply(plan, logits).uncertainty.tolist()
-    bits = [(-x.gather(1, ids[:, None])[:, 0] / math.log(2)).tolist() for x in (log_q, log_p)]
-    texts = [bridge.base.bytes[i].decode(errors="replace") for i in plan.base_ids.tolist()]
-    tokens = zip(texts, *bits, u, strict=True)
+def _passage(bridge: Bridge, reading: Reading, result: Bridged) -> dict:
+    """One window token by token: bits of expert (in the base's tokens) and base, uncertainty."""
+    bits = [(nats / math.log(2)).tolist() for nats in (bridge.nll(reading.plan, result), -reading.chosen(reading.log_p))]
+    texts = [bridge.base.bytes[i].decode(errors="replace") for i in reading.plan.base_ids.tolist()]
+    tokens = zip(texts, *bits, result.uncertainty.tolist(), strict=True)
     return {"tokens": [{"text": t, "bridge_bits": b, "base_bits": a, "uncertainty": v} for t, b, a, v in tokens]}

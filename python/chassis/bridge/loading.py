@@ -62,7 +62,9 @@ def compare(base: Side, expert: Side, main: Bridge, documents: Mapping[str, Sequ
     if main.identical:
         bridges = {"identity": (main, False)}
     else:
-        bridges = {method: (Bridge.build(expert.tokens, base.tokens, method), True) for method in METHODS}
+        bridges = {method: (Bridge.build(expert.tokens, base.tokens, method), True) for method in (*METHODS, "jeffrey")}
+        if main.method == "counted":
+            bridges["jeffrey_counted"] = (main.asking_base(), True)
         bridges |= {f"{main.method}, no mask": (main, False), main.method: (main, True)}
     found = evaluate(models_of(base, expert), bridges, documents, main=list(bridges)[-1], **settings)
     return found | {"base": Path(base.name).name, "expert": Path(expert.name).name, "environment": environment()}
