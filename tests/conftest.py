@@ -63,6 +63,23 @@ def tiny_lm(tiny_tokenizer):
     return make
 
 
+@pytest.fixture
+def plugged(tiny_lm, tiny_tokenizer):
+    """A random base and an adapter of rank 6 fitted to an expert near it."""
+    from support import fitted, pair
+
+    base, expert = pair(tiny_lm, tiny_tokenizer)
+    return base, fitted(base, expert, tiny_tokenizer)
+
+
+@pytest.fixture
+def ids(tiny_tokenizer):
+    """Token ids [1, 20] of a document."""
+    from support import documents
+
+    return tiny_tokenizer(documents(1)[0].text, return_tensors="pt")["input_ids"][:, :20]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_rounds_to_nearest():
     """As on every GPU: Triton's interpreter would cut the last 16 bits off."""

@@ -8,9 +8,13 @@ import weakref
 
 import pytest
 import torch
+from chassis.adapter import Adapter
+from chassis.closed_form import closed_form
 from chassis.experts import ModelExpert
 from chassis.fit import Base
-from chassis.models import inspect_head
+from chassis.models import inspect_head, vocabulary_hash
+from chassis.probes import Probe, make_windows
+from chassis.statistics import Statistics
 from chassis.text.corpus import Document
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +58,16 @@ def pair(make, tokenizer, architecture: str = "llama", **options) -> tuple[Base,
     model = make(architecture, **options)
     expert = near(model, lambda **o: make(architecture, **options))
     return Base(model, tokenizer, "base"), ModelExpert(expert, inspect_head(expert), "expert")
+
+
+def fitted(base: Base, expert: ModelExpert, tokenizer, rank: int = 6, columns: int | None = None) -> Adapter:
+    """The closed form of `rank` on a few documents."""
+    statistics = Statistics(base.readout, expert.readout)
+    for rows in Probe(base.model, expert).batches(make_windows(documents(20), tokenizer, length=48)):
+        statistics.update(rows)
+    adapter = closed_form(statistics).adapter(rank, columns)
+    adapter.config.base, adapter.config.vocabulary_hash = "base", vocabulary_hash(tokenizer)
+    return adapter
 
 
 def backends_of(op: str) -> list[str]:
@@ -106,7 +120,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self.shapes.add(tuple(tensor.shape))
                 self._track(tensor.untyped_storage())
         return out

@@ -1,39 +1,15 @@
-"""Adapters on disk and in a model: round trips, refusals, attach and detach, merge, PEFT."""
+"""Adapters on disk and in a model: round trips, refusals, attach and detach."""
 
 import json
 
 import pytest
 import torch
 from chassis.adapter import Adapter
-from chassis.closed_form import closed_form
 from chassis.errors import ChassisError
 from chassis.experts import LogitBiasExpert
-from chassis.export import export_peft, merge, merge_to
-from chassis.models import inspect_head, load_causal_lm, vocabulary_hash
 from chassis.port import attach
 from chassis.probes import Probe, make_windows
-from chassis.statistics import Statistics
-from support import documents, pair
-
-
-def fitted(base, expert, tokenizer, rank=6, columns=None):
-    statistics = Statistics(base.readout, expert.readout)
-    for rows in Probe(base.model, expert).batches(make_windows(documents(20), tokenizer, length=48)):
-        statistics.update(rows)
-    adapter = closed_form(statistics).adapter(rank, columns)
-    adapter.config.base, adapter.config.vocabulary_hash = "base", vocabulary_hash(tokenizer)
-    return adapter
-
-
-@pytest.fixture
-def plugged(tiny_lm, tiny_tokenizer):
-    base, expert = pair(tiny_lm, tiny_tokenizer)
-    return base, fitted(base, expert, tiny_tokenizer)
-
-
-@pytest.fixture
-def ids(tiny_tokenizer):
-    return tiny_tokenizer(documents(1)[0].text, return_tensors="pt")["input_ids"][:, :20]
+from support import documents
 
 
 def wanted_logits(base, adapter, ids):
@@ -166,77 +142,3 @@ def test_folded_bias_is_the_nearest_map_without_one(plugged, tiny_tokenizer):
     assert residual <= 1.01 * least + 1e-6
 
 
-@pytest.mark.parametrize("columns", [None, 40])
-@pytest.mark.parametrize("tied", [False, True])
-def test_merged_model_speaks_like_the_folded_adapter(tiny_lm, tiny_tokenizer, ids, tied, columns):
-    base, expert = pair(tiny_lm, tiny_tokenizer, tie_word_embeddings=tied)
-    adapter = fitted(base, expert, tiny_tokenizer, columns=columns)
-    with torch.no_grad():
-        with attach(base.model, adapter.fold_bias()):
-            wanted = base.model(ids).logits
-        embedding = base.model.get_input_embeddings().weight.clone()
-        notices = merge(base.model, adapter, tiny_tokenizer)
-        torch.testing.assert_close(base.model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(base.model.get_input_embeddings().weight, embedding)
-    assert any("tied" in notice for notice in notices) == tied and any("no bias" in notice for notice in notices)
-
-
-def test_a_head_with_a_bias_is_merged_exactly(tiny_lm, tiny_tokenizer, ids):
-    base, expert = pair(tiny_lm, tiny_tokenizer)
-    base.head.unembedding.bias = torch.nn.Parameter(torch.randn(base.head.vocab_size))
-    adapter = fitted(base, expert, tiny_tokenizer)
-    with torch.no_grad():
-        with attach(base.model, adapter):
-            wanted = base.model(ids).logits
-        assert merge(base.model, adapter) == []
-        torch.testing.assert_close(base.model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_merged_checkpoint_reloads_as_a_plain_model(plugged, tiny_tokenizer, ids, tmp_path):
-    base, adapter = plugged
-    merge_to(base.model, tiny_tokenizer, adapter, tmp_path / "merged")
-    again, tokenizer = load_causal_lm(tmp_path / "merged")
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, base.model(ids).logits)
-    assert vocabulary_hash(tokenizer) == vocabulary_hash(tiny_tokenizer)
-    with pytest.raises(ChassisError, match="not empty"):
-        merge_to(base.model, tiny_tokenizer, adapter, tmp_path / "merged")
-
-
-def test_tied_checkpoint_reloads_untied(tiny_lm, tiny_tokenizer, ids, tmp_path):
-    base, expert = pair(tiny_lm, tiny_tokenizer, tie_word_embeddings=True)
-    merge_to(base.model, tiny_tokenizer, fitted(base, expert, tiny_tokenizer), tmp_path / "merged")
-    again, _ = load_causal_lm(tmp_path / "merged")
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, base.model(ids).logits)
-
-
-def test_a_failed_merge_leaves_nothing_behind(plugged, tiny_tokenizer, tmp_path, monkeypatch):
-    base, adapter = plugged
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tiny_tokenizer, "save_pretrained", full)
-    with pytest.raises(ChassisError, match="No space left.*nothing was left behind"):
-        merge_to(base.model, tiny_tokenizer, adapter, tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("bias", ["lora", "fold"])
-def test_peft_loads_the_exported_lora_and_agrees(plugged, ids, tmp_path, bias):
-    peft = pytest.importorskip("peft")
-    base, adapter = plugged
-    with torch.no_grad():
-        with attach(base.model, adapter if bias == "lora" else adapter.fold_bias()):
-            wanted = base.model(ids).logits
-        export_peft(adapter, inspect_head(base.model), tmp_path, bias=bias)
-        loaded = peft.PeftModel.from_pretrained(base.model, tmp_path)
-        torch.testing.assert_close(loaded(ids).logits, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_nan_adapters_are_not_merged(plugged):
-    base, adapter = plugged
-    adapter.V[0, 0] = float("nan")
-    with pytest.raises(ChassisError, match="NaN"):
-        merge(base.model, adapter)

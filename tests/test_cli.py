@@ -13,8 +13,8 @@ import torch
 from chassis.adapter import Adapter
 from chassis.cli import app
 from chassis.experts import load_expert
-from chassis.export import merge
 from chassis.fit import Base, FitOptions, fit
+from chassis.merge import merge
 from chassis.models import load_causal_lm
 from chassis.text.corpus import load_documents
 from support import documents, pair
@@ -173,8 +173,10 @@ def test_export_writes_peft(work, tmp_path):
     result = chassis("export", "--adapter", work / "out", "--format", "peft", "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
-    folded = chassis("export", "--adapter", work / "out", "--fold-bias", "-o", tmp_path / "folded", "--json")
+    folded = chassis("export", "--adapter", work / "out", "--bias", "fold", "-o", tmp_path / "folded", "--json")
     assert "rank 5" in json.loads(folded.stdout)["notices"][0]
+    back = chassis("import", "--peft", tmp_path, "--base", work / "base", "-o", tmp_path / "back", "--json")
+    assert back.exit_code == 0 and Adapter.load(tmp_path / "back").rank == 4
 
 
 def test_doctor_lists_every_op_and_is_strict_when_asked(monkeypatch):

@@ -1,100 +1,59 @@
-"""An adapter at rest: folded into a plain checkpoint, or written as a PEFT LoRA on the output head.
+"""An adapter in PEFT's format, both ways: a LoRA on the output head, adapter_config.json and adapter_model.safetensors.
 
-Because the change is affine in the hidden state it folds into the head with nothing left to compute:
-
-    W_U[cols] += (U V)^T        bias[cols] += c - mean U V
-
-A head that holds no bias (most have none) gets the nearest bias-free form, `Adapter.fold_bias`: one more rank.
+lora_A [r, D] = U^T    lora_B [V, r] = V^T    scaling lora_alpha / r = 1
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from chassis.adapter import Adapter
+from chassis.adapter import Adapter, AdapterConfig
+from chassis.bias import write_bias
 from chassis.errors import ChassisError
-from chassis.files import ensure_writable, write_folder
-from chassis.models import Head, vocabulary_hash
-from chassis.port import output_head
+from chassis.files import write_folder
+from chassis.models import Head
+
+BIASES = ("lora", "fold", "side")
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
+REFUSED = {
+    "use_dora": "DoRA",
+    "rank_pattern": "ranks by module",
+    "alpha_pattern": "alphas by module",
+    "use_qalora": "QALoRA",
+}
 
 
-@torch.no_grad()
-def merge(model: torch.nn.Module, adapter: Adapter, tokenizer=None) -> list[str]:
-    """Fold `adapter` into the head of `model`, in place; returns notices about what had to change on the way.
+def export_peft(adapter: Adapter, head: Head, folder: str | Path, *, bias: str = "lora", pad: bool = False) -> list[str]:
+    """Write `adapter` as a PEFT LoRA on the output head; returns notices.
 
-    Tied embeddings are untied first. The sum is formed in fp32 and rounded once to the head's dtype. Raises ChassisError
-    for an adapter of another base.
+    `bias="lora"` keeps the bias in PEFT's `lora_bias` (exact; needs peft >= 0.14); for engines that know no such bias
+    `"fold"` writes the nearest LoRA of rank r+1 without one, and `"side"` keeps it exactly, in a file for
+    `chassis.bias.LogitBias`. `pad` fills the rank up with zeros to the next of SERVED_RANKS.
+    Raises ChassisError for another base, an unknown option, or a rank to be padded that no engine serves.
     """
-    head, notices = output_head(model), []
-    adapter.check_base(
-        width=head.weight.shape[1],
-        vocab_size=head.weight.shape[0],
-        vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer is not None else "",
-    )
-    adapter = adapter.to(head.weight.device)
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        notices.append("the embeddings were tied to the output head: untied, the checkpoint grows by one head")
-    if getattr(head, "bias", None) is None:
-        adapter = adapter.fold_bias()
-        notices.append("the output head holds no bias: it was folded into the weights (Adapter.fold_bias)")
-    else:
-        offset = adapter.bias - (adapter.mean @ adapter.U) @ adapter.V
-        _add(head.bias, offset, adapter.cols)
-    _add(head.weight, adapter.V.T @ adapter.U.T, adapter.cols)
-    return notices
-
-
-def merge_to(model: torch.nn.Module, tokenizer, adapter: Adapter, folder: str | Path) -> list[str]:
-    """`merge`, then write a plain checkpoint (safetensors and tokenizer) that any engine can serve.
-
-    The folder appears only when everything in it is on disk. Raises ChassisError if it exists and is not empty.
-    """
-    folder = Path(folder)
-    ensure_writable(folder.parent)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ChassisError(f"{folder} exists and is not empty: choose another folder, or remove it first")
-    notices = merge(model, adapter, tokenizer)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        os.replace(staging, folder)
-    except OSError as error:
-        raise ChassisError(f"cannot write {folder}: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return notices
-
-
-def export_peft(adapter: Adapter, head: Head, folder: str | Path, *, bias: str = "lora") -> list[str]:
-    """Write `adapter` as a PEFT LoRA on the output head: adapter_config.json and adapter_model.safetensors.
-
-    `bias="lora"` keeps the bias in PEFT's `lora_bias` (exact; needs peft >= 0.14); `bias="fold"` writes the nearest
-    bias-free LoRA of rank r+1, for engines that know no bias. Raises ChassisError for another base or an unknown option.
-    """
-    if bias not in ("lora", "fold"):
-        raise ChassisError(f"bias {bias!r}: expected 'lora' or 'fold'")
+    if bias not in BIASES:
+        raise ChassisError(f"bias {bias!r}: expected one of {', '.join(map(repr, BIASES))}")
     adapter.check_base(width=head.width, vocab_size=head.vocab_size)
+    adapter.check_finite()
     notices = []
     if bias == "fold":
         adapter = adapter.fold_bias()
         notices.append(f"the bias became one more rank: this LoRA has rank {adapter.rank}")
-    v, offset = adapter.full_columns()
-    offset = offset - (adapter.mean @ adapter.U) @ v
+    v, offset = adapter.in_vocabulary(adapter.V, adapter.offset)
+    down, up, rank = adapter.U.T, v.T, served_rank(adapter.rank) if pad else adapter.rank
+    more = rank - adapter.rank
+    if rank not in SERVED_RANKS:
+        notices.append(_advice(rank))
     prefix = f"base_model.model.{head.unembedding_name}"
     tensors = {
-        f"{prefix}.lora_A.weight": adapter.U.T.contiguous(),
-        f"{prefix}.lora_B.weight": v.T.contiguous(),
+        f"{prefix}.lora_A.weight": torch.nn.functional.pad(down, (0, 0, 0, more)).contiguous(),
+        f"{prefix}.lora_B.weight": torch.nn.functional.pad(up, (0, more)).contiguous(),
     }
     if bias == "lora":
         tensors[f"{prefix}.lora_B.bias"] = offset.contiguous()
@@ -103,21 +62,69 @@ def export_peft(adapter: Adapter, head: Head, folder: str | Path, *, bias: str =
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.config.base,
         "target_modules": [head.unembedding_name],
-        "r": adapter.rank,
-        "lora_alpha": adapter.rank,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "lora_bias": bias == "lora",
         "bias": "none",
         "inference_mode": True,
     }
     write_folder(folder, {"adapter_model.safetensors": tensors, "adapter_config.json": json.dumps(config, indent=2)})
+    if bias == "side":
+        write_bias(adapter, folder, scale=head.scale, softcap=head.softcap)
+        notices.append("the bias lies beside the LoRA, for chassis.bias.LogitBias")
     return notices
 
 
-def _add(parameter: torch.Tensor, change: torch.Tensor, cols: torch.Tensor | None) -> None:
-    """parameter[cols] += change, summed in fp32 (repeated columns too) and rounded once; NaNs are refused."""
-    if not torch.isfinite(change).all():
-        raise ChassisError("the adapter holds NaN or infinite values: fit it again")
-    wide = parameter.float()
-    wide = wide + change if cols is None else wide.index_add(0, cols, change)
-    parameter.copy_(wide)
+def import_peft(folder: str | Path, head: Head, *, base: str = "", vocabulary_hash: str = "") -> Adapter:
+    """The adapter in a PEFT LoRA folder whose only target is the output head of this base.
+
+    `base` and `vocabulary_hash` go into its config. Such an adapter does not say which direction is constant: its bias, if
+    it has one, cannot be folded. Raises ChassisError for other targets and kinds of LoRA, naming them, and other shapes.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ChassisError(
+            f"{folder} holds no readable LoRA ({error}): expected what peft's save_pretrained writes"
+        ) from error
+    kinds = [kind for key, kind in REFUSED.items() if config.get(key)]
+    if config.get("peft_type") != "LORA" or kinds:
+        given = ", ".join(kinds) or config.get("peft_type")
+        raise ChassisError(f"{folder}: {given} is not a plain LoRA on the output head, and only that is an adapter")
+    name = f"base_model.model.{head.unembedding_name}"
+    others = sorted({key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key} - {name})
+    if others or f"{name}.lora_A.weight" not in tensors:
+        found = ", ".join(other.removeprefix("base_model.model.") for other in others[:3]) or "nothing"
+        raise ChassisError(f"{folder} changes {found}: only a LoRA on {head.unembedding_name!r} alone is an adapter")
+    down, up = (tensors[f"{name}.lora_{side}.weight"].float() for side in "AB")
+    scaling = config["lora_alpha"] / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
+    bias = tensors.get(f"{name}.lora_B.bias")
+    zeros = torch.zeros(down.shape[1])
+    adapter = Adapter(
+        U=down.T.contiguous(),
+        V=(scaling * up.T).contiguous(),
+        bias=torch.zeros(len(up)) if bias is None else scaling * bias.float(),
+        mean=zeros,
+        constant=zeros.clone(),
+        config=AdapterConfig(base=base or config.get("base_model_name_or_path") or "", vocabulary_hash=vocabulary_hash),
+    )
+    adapter.check_base(width=head.width, vocab_size=head.vocab_size)
+    adapter.check_finite()
+    return adapter
+
+
+def served_rank(rank: int) -> int:
+    """The smallest of SERVED_RANKS that holds `rank`; raises ChassisError above the largest."""
+    larger = [served for served in SERVED_RANKS if served >= rank]
+    if not larger:
+        raise ChassisError(_advice(rank))
+    return larger[0]
+
+
+def _advice(rank: int) -> str:
+    if rank > SERVED_RANKS[-1]:
+        return f"rank {rank}: serving engines take at most {SERVED_RANKS[-1]}; fit or truncate to less, or merge"
+    return f"rank {rank}: start vLLM with --max-lora-rank {served_rank(rank)}, or pad to that (its limits: {SERVED_RANKS})"

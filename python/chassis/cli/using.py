@@ -1,4 +1,4 @@
-"""`chassis eval`, `chassis generate`, `chassis merge` and `chassis export`: what one does with a fitted adapter."""
+"""`chassis eval`, `generate`, `merge`, `export` and `import`: what one does with a fitted adapter."""
 
 from __future__ import annotations
 
@@ -131,15 +131,19 @@ def merge(
     adapter: options.AdapterFolder,
     out: options.NewFolder,
     base: options.FittedBase = None,
-    dtype: options.DType = None,
+    bias: Annotated[
+        str,
+        typer.Option("--bias", help="fold: into the weights, as near as can be; side: exactly, in a file."),
+    ] = "fold",
 ) -> dict:
     """Fold an adapter into a copy of the base: a plain checkpoint that any engine serves at no extra cost."""
+    from chassis.adapter import Adapter
     from chassis.cli import loading
-    from chassis.export import merge_to
+    from chassis.merge import merge_to
 
-    fitted, loaded = loading.adapter_and_base(adapter, base, dtype, "cpu")
-    notices = merge_to(loaded.model, loaded.tokenizer, fitted, out)
-    return _written(terminal, out, notices)
+    loading.quiet()
+    fitted = Adapter.load(adapter)
+    return _written(terminal, out, merge_to(base or fitted.config.base, fitted, out, bias=bias))
 
 
 @command(app, "export")
@@ -148,7 +152,11 @@ def export(
     adapter: options.AdapterFolder,
     out: options.NewFolder,
     form: Annotated[str, typer.Option("--format", help="peft: a LoRA on the output head.")] = "peft",
-    fold_bias: Annotated[bool, typer.Option("--fold-bias", help="For engines without LoRA bias: one more rank.")] = False,
+    bias: Annotated[
+        str,
+        typer.Option("--bias", help="lora: PEFT's lora_bias; fold: one more rank; side: in a file beside."),
+    ] = "lora",
+    pad: Annotated[bool, typer.Option("--pad", help="Fill the rank up to one that serving engines list.")] = False,
     base: options.FittedBase = None,
 ) -> dict:
     """Write an adapter in another library's format."""
@@ -158,8 +166,24 @@ def export(
     if form != "peft":
         raise ChassisError(f"format {form!r}: expected peft")
     fitted, loaded = loading.adapter_and_base(adapter, base, None, "cpu")
-    notices = export_peft(fitted, loaded.head, out, bias="fold" if fold_bias else "lora")
-    return _written(terminal, out, notices)
+    return _written(terminal, out, export_peft(fitted, loaded.head, out, bias=bias, pad=pad))
+
+
+@command(app, "import")
+def import_(
+    terminal: Terminal,
+    lora: Annotated[Path, typer.Option("--peft", help="Folder of a PEFT LoRA on the output head alone.")],
+    base: options.Base,
+    out: options.NewFolder,
+) -> dict:
+    """Read a LoRA that PEFT wrote as an adapter, to plug it beside others."""
+    from chassis.cli import loading
+    from chassis.export import import_peft
+
+    loaded = loading.load_base(base, None, "cpu")
+    adapter = import_peft(lora, loaded.head, base=base, vocabulary_hash=loaded.vocabulary_hash)
+    adapter.save(out)
+    return _written(terminal, out, [])
 
 
 def _results(base, expert, fitted, scores, windows) -> dict:
