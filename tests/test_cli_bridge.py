@@ -31,10 +31,25 @@ def test_build_writes_a_bridge_and_says_what_is_shared(tiny_testbed, work, tmp_p
         "bridge", "build", tiny_testbed.base, tiny_testbed.other_expert, "--data", work / "fit.jsonl", "-o", out, "--json"
     )
     assert result.exit_code == 0, result.output
-    coverage = json.loads(result.stdout)["coverage"]
-    assert coverage["method"] == "counted" and coverage["unmapped_tokens"] == 0 and out.exists()
+    found = json.loads(result.stdout)
+    assert found["coverage"]["method"] == "counted" and found["coverage"]["unmapped_tokens"] == 0 and out.exists()
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG") and found["heat_map"] == str(tmp_path / "b.png")
     shown = chassis("bridge", "build", tiny_testbed.base, tiny_testbed.other_expert, "--method", "exact", "-o", out)
-    assert "What the vocabularies share" in shown.stdout and "equal bytes" in shown.stdout
+    assert "What the vocabularies share" in shown.stdout and "equal bytes" in shown.stdout and "Some rows" in shown.stdout
+
+
+def test_build_em_runs_the_expert_and_the_bridge_is_read_by_eval(tiny_testbed, work, tmp_path):
+    out = tmp_path / "em.safetensors"
+    pair = tiny_testbed.base, tiny_testbed.other_expert
+    options = "--method", "em", "--data", work / "fit.jsonl", "--positions", 150, "-o", out, "--json"
+    result = chassis("bridge", "build", *pair, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["coverage"]["method"] == "em"
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert, "--bridge", out
+    result = chassis("bridge", "eval", *models, *text(work), "--max-windows", 1, "--window", 32, "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows["em"]["bits_per_byte"] < rows["canonical"]["bits_per_byte"] and rows["jeffrey"]["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize("method", ["projection", "counted-projection"])
@@ -105,6 +120,7 @@ def test_bad_requests_are_refused(tiny_testbed, work, tmp_path):
     pair = tiny_testbed.base, tiny_testbed.other_expert
     for arguments, message in (
         (("bridge", "build", *pair), "needs text to count on"),
+        (("bridge", "build", *pair, "--method", "em"), "method em needs text to count on"),
         (("ensemble", "--base", pair[0], "--expert", pair[1], "--prompt", "a"), "needs text to count on"),
         (
             ("ensemble", "--base", pair[0], "--expert", pair[1], "--data", work / "fit.jsonl", "--prompt", "a", "--mix", 2),

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from chassis.bridge.bridge import Bridge
 from chassis.bridge.evaluate import Models, evaluate
 from chassis.bridge.expert import BridgedExpert
 from chassis.bridge.rules import METHODS
 from chassis.errors import BridgeError
-from chassis.models import Head, inspect_head
+from chassis.models import Head, inspect_head, load_tokenizer
 from chassis.text.corpus import Document
 from chassis.text.token_bytes import TokenBytes
 
@@ -38,6 +39,16 @@ class Side:
             if role in self.tokens.roles:
                 return self.tokens.roles[role]
         raise BridgeError(f"{self.name}: its tokenizer has neither a bos nor an eos token to open a text with")
+
+
+def tokens_of(name: str) -> TokenBytes:
+    """The bytes of the tokens of a model's tokenizer, as wide as its config says its head is, without loading the model."""
+    tokenizer = load_tokenizer(name)
+    try:
+        width = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):  # a tokenizer that stands alone
+        width = None
+    return TokenBytes.from_tokenizer(tokenizer, width=width)
 
 
 def bridge_for(base: Side, expert: Side, spec: str, texts: Iterable[str]) -> Bridge:

@@ -13,7 +13,13 @@ from chassis.errors import ChassisError
 
 bridge_app = typer.Typer(help="Carry a model's probabilities over to another tokenizer.", no_args_is_help=True)
 app.add_typer(bridge_app, name="bridge")
-COUNTED, PROJECTIONS = ("counted", "counted-projection"), ("projection", "counted-projection")
+PROJECTIONS = ("projection", "counted-projection")
+COUNTED = ("counted", "jeffrey_counted", "em", "counted-projection")
+METHOD_HELP = (
+    "A bridge: counted, exact, two_segment, longest_prefix or canonical; jeffrey or jeffrey_counted, which ask the base too "
+    "when they are used; em, counted and then raised to the likeliest by running the expert's model (the others need "
+    "tokenizers alone). Rows for the distillation loss: projection, counted-projection."
+)
 DATA = Annotated[
     list[str] | None, typer.Option("--data", help="Text to count on, as for fit. Repeatable.", show_default=False)
 ]
@@ -24,58 +30,92 @@ def build(
     terminal: Terminal,
     base: Annotated[str, typer.Argument(help="The base (or student), whose tokens are wanted: a folder or a hub name.")],
     expert: Annotated[str, typer.Argument(help="The expert (or teacher), whose probabilities there are.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, .safetensors.")] = Path("bridge.safetensors"),
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="counted, exact, two_segment, longest_prefix or canonical: a bridge. projection or counted-projection: "
-            "rows for the distillation loss.",
-        ),
-    ] = "counted",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write, .safetensors; a heat map goes beside it, .png.")
+    ] = Path("bridge.safetensors"),
+    method: Annotated[str, typer.Option("--method", help=METHOD_HELP)] = "counted",
     data: DATA = None,
     text_column: options.TextColumn = "text",
     hub_split: options.HubSplit = "train",
     max_documents: Annotated[
         int | None, typer.Option("--max-documents", help="Count on so many.", show_default=False)
     ] = None,
+    positions: Annotated[
+        int, typer.Option("--positions", help="em: places of the text to run the expert on.", min=1)
+    ] = 60000,
+    dtype: options.DType = None,
+    device: options.Device = "cpu",
 ) -> dict:
     """Build a bridge (or a projection for distillation) between two tokenizers, and say what they share."""
-    from chassis.bridge.projection import build_projection, counted_projection
-    from chassis.bridge.projection_file import notices, save_projection
+    from chassis.bridge.coverage import bridge_links, projection_links
+    from chassis.bridge.projection_file import notices
     from chassis.bridge.report import coverage_table
     from chassis.cli.loading import quiet
-    from chassis.models import load_tokenizer, vocabulary_hash
-    from chassis.page import Row, Table, print_tables
+    from chassis.page import Row, Table
     from chassis.text.corpus import load_documents
-    from chassis.text.token_bytes import TokenBytes
 
     if method in COUNTED and not data:
         raise ChassisError(f"method {method} needs text to count on: give --data, or --method canonical (projection)")
     quiet()
-    texts = (
-        (d.text for d in load_documents(data, text_column=text_column, split=hub_split, limit=max_documents)) if data else ()
-    )
-    tokenizers = [load_tokenizer(name) for name in (base, expert)]
-    tokens = [TokenBytes.from_tokenizer(tokenizer) for tokenizer in tokenizers]
-    if method not in PROJECTIONS:
-        from chassis.bridge import Bridge
+    documents = load_documents(data, text_column=text_column, split=hub_split, limit=max_documents) if data else ()
+    texts = (d.text for d in documents)
+    if method in PROJECTIONS:
+        projection, sides = _projection(base, expert, method, texts, out)
+        found = projection.report()._asdict()
+        rows = [Row([name.replace("_", " "), f"{value:,.4g}"]) for name, value in found.items()]
+        links, table = projection_links(projection, *sides), Table("The projection", ["what", "value"], rows)
+        return _show_build(terminal, table, links, out, notices(projection)) | {"projection": found}
+    with terminal.progress() as report:
+        bridge = _bridge(base, expert, method, texts, report, positions, dtype, device)
+    bridge.save(out)
+    coverage = bridge.coverage()
+    links = bridge_links(bridge.table, bridge.expert, bridge.base)
+    return _show_build(terminal, coverage_table(coverage), links, out, []) | {"coverage": coverage}
 
-        bridge = Bridge.build(tokens[1], tokens[0], method, texts if method == "counted" else None)
-        bridge.save(out)
-        coverage = bridge.coverage()
-        print_tables([coverage_table(coverage)], terminal.console)
-        return _written(terminal, out, {"coverage": coverage})
-    projection = build_projection(*tokens) if method == "projection" else counted_projection(*tokens, texts)
+
+def _projection(student: str, teacher: str, method: str, texts, out: Path):
+    from chassis.bridge.projection import build_projection, counted_projection
+    from chassis.bridge.projection_file import save_projection
+    from chassis.models import load_tokenizer, vocabulary_hash
+    from chassis.text.token_bytes import TokenBytes
+
+    tokenizers = [load_tokenizer(name) for name in (student, teacher)]
+    sides = [TokenBytes.from_tokenizer(tokenizer) for tokenizer in tokenizers]
+    projection = build_projection(*sides) if method == "projection" else counted_projection(*sides, texts)
     save_projection(projection, out, hashes=tuple(vocabulary_hash(t) for t in tokenizers))
-    found = projection.report()._asdict()
-    rows = [Row([name.replace("_", " "), f"{value:,.4g}"]) for name, value in found.items()]
-    sample = [Row([_shown(tokens[0].bytes[i]), _entries(projection, i, tokens[1])]) for i in _samples(projection)]
-    tables = [Table("The projection", ["what", "value"], rows), Table("Some rows", ["student", "teacher"], sample)]
-    print_tables(tables, terminal.console)
-    for notice in notices(projection):
-        terminal.note(notice)
-    return _written(terminal, out, {"projection": found})
+    return projection, sides
+
+
+def _bridge(base: str, expert: str, method: str, texts, report, positions: int, dtype: str | None, device: str):
+    from chassis.bridge import Bridge, likeliest, tree_logits
+    from chassis.bridge.loading import Side, tokens_of
+    from chassis.cli import loading
+
+    if method != "em":
+        return Bridge.build(tokens_of(expert), tokens_of(base), method, texts)
+    texts, side = list(texts), Side(*loading.load_model(expert, dtype, device), expert)
+    counted = Bridge.build(side.tokens, tokens_of(base), "counted", texts)
+    return likeliest(
+        counted,
+        texts,
+        lambda plan: tree_logits(side.model, plan.tree, side.opens),
+        positions=positions,
+        progress=report,
+    )
+
+
+def _show_build(terminal: Terminal, table, links, out: Path, notes: list[str]) -> dict:
+    from chassis.bridge.coverage import heat_map, sample_rows
+    from chassis.files import write_file
+    from chassis.page import Row, Table, print_tables
+
+    sample = Table("Some rows", list(links.names), [Row(cells) for cells in sample_rows(links)])
+    print_tables([table, sample], terminal.console)
+    for note in notes:
+        terminal.note(note)
+    picture = write_file(out.with_suffix(".png"), heat_map(links))
+    terminal.console.print(f"written to {out}, with a heat map in {picture.name}", markup=False, highlight=False)
+    return {"out": str(out), "heat_map": str(picture)}
 
 
 @command(bridge_app, "eval")
@@ -123,26 +163,6 @@ def show(terminal: Terminal, results: dict, out: Path) -> dict:
     print_report(results, terminal.console)
     terminal.note(f"{page.name} is in {out}")
     return results | {"out": str(out)}
-
-
-def _written(terminal: Terminal, out: Path, found: dict) -> dict:
-    terminal.console.print(f"written to {out}", markup=False, highlight=False)
-    return found | {"out": str(out)}
-
-
-def _samples(projection, n: int = 12) -> list[int]:
-    """Rows with several entries, evenly spread, and a few with one."""
-    many = (projection.indices[:, 1:2] >= 0).any(1).nonzero()[:, 0].tolist() or list(range(projection.n_student))
-    return many[:: max(1, len(many) // n)][:n]
-
-
-def _entries(projection, row: int, teacher) -> str:
-    pairs = zip(projection.indices[row].tolist(), projection.weights[row].tolist(), strict=True)
-    return "  ".join(f"{_shown(teacher.bytes[i])} {weight:.3f}" for i, weight in pairs if i >= 0)
-
-
-def _shown(data: bytes) -> str:
-    return repr(data.decode(errors="backslashreplace"))
 
 
 @command(app, "ensemble")
