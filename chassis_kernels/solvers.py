@@ -74,13 +74,11 @@ class Spectrum:
             )
         return torch.where(kept, 1 / (positive + used), 0.0), used
 
-    def roots(self, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(S + αI)^(1/2) and its inverse, both within the directions that are not rounding error, [D, D]."""
+    def inverse_roots(self, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(s + α)^(-1/2) [r], 0 where that is rounding error, and where it is not, bool [r]."""
         shifted = self.values.clamp_min(0) + alpha
         kept = shifted > _rounding(self.values, len(self.values))
-        root = torch.where(kept, shifted, 0.0).sqrt()
-        inverse = torch.where(kept, 1 / root, 0.0)
-        return (self.vectors * root) @ self.vectors.T, (self.vectors * inverse) @ self.vectors.T
+        return torch.where(kept, shifted.rsqrt(), 0.0), kept
 
     @property
     def _thin(self) -> bool:
