@@ -191,13 +191,19 @@ def _shard(model, tokenizer, texts: Sequence[str], index: Index, batch_size: int
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[..., : index.vocab_size]
         for row in range(len(ids)):
             own = logits[row][mask[row]].float()
-            value, column = own.topk(index.top_k, dim=-1)
-            parts["log_probs"].append((value - own.logsumexp(-1, keepdim=True)).half().cpu())
-            parts["ids"].append(column.int().cpu())
+            log_probs, columns = top_k_of(own, index.top_k)
+            parts["log_probs"].append(log_probs.half().cpu())
+            parts["ids"].append(columns.int().cpu())
             parts["tokens"].append(ids[row][mask[row]].int().cpu())
             lengths.append(len(own))
     tensors = {name: torch.cat(values) for name, values in parts.items()}
     return tensors | {"offsets": torch.tensor(lengths).cumsum(0)}
+
+
+def top_k_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-probabilities of logits [..., V], in nats, and their ids; [..., k] each."""
+    value, column = logits.topk(k, dim=-1)
+    return value - logits.logsumexp(-1, keepdim=True), column
 
 
 def fingerprint(texts: Sequence[str]) -> str:
