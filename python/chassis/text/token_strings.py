@@ -8,7 +8,6 @@ the product of the lengths of what differs, after what the two have in common at
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,19 +15,9 @@ import numpy as np
 from chassis.errors import ChassisError
 from chassis.text.alignment import Alignment, align
 from chassis.text.spans import Spans
+from chassis.text.tokenizer_json import BYTE_OF, BYTE_PIECE
 
-BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 MAX_CELLS = 1 << 28
-
-
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte: itself where it prints, else the next free letter from U+0100 on."""
-    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in prints]
-    return {chr(b): b for b in prints} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_ALPHABET = byte_alphabet()
 
 
 def piece_bytes(pieces: Sequence[str]) -> list[bytes]:
@@ -38,11 +27,11 @@ def piece_bytes(pieces: Sequence[str]) -> list[bytes]:
     by that alphabet; others as text in which ▁ is a space and <0xNN> a byte.
     """
     letters = set("".join(pieces))
-    if letters <= set(_ALPHABET) and any(ord(letter) >= 256 for letter in letters):
-        return [bytes(_ALPHABET[letter] for letter in piece) for piece in pieces]
+    if letters <= set(BYTE_OF) and any(ord(letter) >= 256 for letter in letters):
+        return [bytes(BYTE_OF[letter] for letter in piece) for piece in pieces]
     found = []
     for piece in pieces:
-        byte = BYTE_PIECE.match(piece)
+        byte = BYTE_PIECE.fullmatch(piece)
         found.append(bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode())
     return found
 
