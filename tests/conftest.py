@@ -1,6 +1,7 @@
 """What several test files share: the testbed, trained once per cache, and random models built on the spot."""
 
 import importlib.util
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
+SPLITS = {"train": "fit", "validation": "validation"}
 SMALL = {"initializer_range": 0.2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0}
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **SMALL}
 LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2, **BLOCKS}
@@ -78,6 +80,33 @@ def ids(tiny_tokenizer):
     from support import documents
 
     return tiny_tokenizer(documents(1)[0].text, return_tensors="pt")["input_ids"][:, :20]
+
+
+@pytest.fixture(scope="session")
+def distill_documents(tiny_testbed, tmp_path_factory):
+    """A folder with some short documents to train a student on and to measure it on: fit.jsonl and validation.jsonl."""
+    folder = tmp_path_factory.mktemp("distill")
+    for split in ("fit", "validation"):
+        documents = tiny_testbed.documents["source"][split][:4]
+        texts = [document.text[start : start + 300] for document in documents for start in range(0, 1500, 300)]
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder
+
+
+@pytest.fixture
+def distilling(tiny_testbed, distill_documents, tmp_path):
+    """A DistillConfig of three steps with two teachers, one of another tokenizer; to be changed and run."""
+    from chassis.distill.config import Data, DistillConfig, Teacher, Training
+
+    sources = {name: [str(distill_documents / f"{split}.jsonl")] for name, split in SPLITS.items()}
+    steps = {"steps": 3, "warmup_steps": 1, "evaluate_every": 3, "save_every": 100}
+    return DistillConfig(
+        student=str(tiny_testbed.base),
+        out=str(tmp_path / "out"),
+        teachers=[Teacher(model=str(tiny_testbed.other_expert)), Teacher(model=str(tiny_testbed.expert), weight=0.5)],
+        data=Data(**sources, pack_length=300, max_tokens=64),
+        training=Training(batch_size=4, micro_batch_size=4, learning_rate=1e-3, **steps),
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

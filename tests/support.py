@@ -70,6 +70,11 @@ def fitted(base: Base, expert: ModelExpert, tokenizer, rank: int = 6, columns: i
     return adapter
 
 
+def logged(results: dict, name: str) -> list[float]:
+    """What a distillation logged under `name`, in order."""
+    return [entry[name] for entry in results["history"] if name in entry]
+
+
 def backends_of(op: str) -> list[str]:
     """Those that take CPU tensors here, the reference first."""
     return [name for name in ("reference", "cpu", "triton") if not backends.why_not(op, name, "cpu")]

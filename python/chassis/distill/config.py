@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -55,30 +57,21 @@ class Data:
     max_validation_samples: int | None = None
 
 
-@dataclass
-class Loss:
-    """Options of `chassis_kernels.xtoken_loss`, under its names."""
-
-    gold_loss: bool = False
-    xtoken_loss: bool = False
-    temperature: float = 1.0
-    vocab_topk: int = 8192
-    uncommon_topk: int = 8192
-    reverse_kl: bool = False
-    exact_token_match_only: bool = False
-    kl_loss_weight: float = 1.0
-    ce_loss_scale: float = 0.1
-    dynamic_loss_scaling: bool = True
-    kd_loss_mode: str = "sum"
-    sum_weights_metric: str | None = None
-    alpha: float = 1.0
-    normalize_teacher_by_vocab: bool = False
-    compat: bool = False
+# Options of the loss under their own names and defaults; the sizes and the teachers come from elsewhere in the file.
+_TYPES = get_type_hints(XTokenConfig)
+Loss = dataclasses.make_dataclass(
+    "Loss",
+    [(o.name, _TYPES[o.name], o.default) for o in dataclasses.fields(XTokenConfig) if o.default is not dataclasses.MISSING],
+    namespace={"__doc__": "Options of `chassis_kernels.xtoken_loss`, under its names."},
+)
 
 
 @dataclass
 class Training:
-    """The optimizer's steps. `batch_size` samples a step over all ranks, `micro_batch_size` of them in one forward pass."""
+    """The optimizer's steps. `batch_size` samples a step over all ranks, `micro_batch_size` of them in one forward pass.
+
+    `fsdp` shards the student, its gradients and the optimizer's state over the ranks of torchrun, in place of DDP.
+    """
 
     steps: int = 1000
     batch_size: int = 64
@@ -91,6 +84,7 @@ class Training:
     max_grad_norm: float = 1.0
     precision: str = "float32"
     activation_checkpointing: bool = False
+    fsdp: bool = False
     evaluate_every: int = 100
     save_every: int = 100
     log_every: int = 1
@@ -130,6 +124,8 @@ class DistillConfig:
                 f"training.batch_size {train.batch_size} cannot be cut into micro-batches of {train.micro_batch_size} on "
                 f"{ranks} ranks: expected a multiple of {ranks * train.micro_batch_size}"
             )
+        if train.fsdp and ranks == 1:
+            raise ChassisError("training.fsdp shards over several processes: start it with torchrun --nproc-per-node N")
         for name, value, known in (
             ("training.precision", train.precision, PRECISIONS),
             ("data.pack_by", self.data.pack_by, UNITS),

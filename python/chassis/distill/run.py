@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from chassis.bridge.projection import build_projection, counted_projection
 from chassis.bridge.projection_file import load_projection
@@ -84,7 +83,8 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
     sides = load_sides(config, student_tokenizer, train["text"])
     teachers = [load_teacher(config, sides, i) for i in range(len(config.teachers))]
     student, _ = load_causal_lm(config.student, dtype=torch.float32)  # what AdamW updates, whatever the precision
-    arguments = training_arguments(config)
+    checkpoint = _newest_checkpoint(out)
+    arguments = training_arguments(config, resumed=checkpoint is not None)
     set_seed(config.training.seed)
 
     def collator(split: str, data: Dataset) -> Collator:
@@ -105,7 +105,7 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
         callbacks=[ShowProgress(progress)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if _checkpoints(out) else None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(out / "student"))
     history = trainer.state.log_history
     results = {"student": _short(config.student), "teachers": [_short(t.name) for t in teachers], "history": history}
@@ -173,7 +173,7 @@ def datasets(config: DistillConfig, tokenizer) -> tuple[Dataset, Dataset | None]
     return Dataset.from_list(train), Dataset.from_list(validation)
 
 
-def training_arguments(config: DistillConfig) -> TrainingArguments:
+def training_arguments(config: DistillConfig, resumed: bool = False) -> TrainingArguments:
     """The same options as transformers.Trainer names them."""
     training, out = config.training, Path(config.out)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -193,7 +193,7 @@ def training_arguments(config: DistillConfig) -> TrainingArguments:
         bf16=training.precision == "bfloat16",
         eval_strategy="steps" if config.data.validation else "no",
         eval_steps=training.evaluate_every,
-        eval_on_start=bool(config.data.validation),
+        eval_on_start=bool(config.data.validation) and not resumed,
         save_steps=training.save_every,
         save_total_limit=2,
         logging_steps=training.log_every,
@@ -204,9 +204,12 @@ def training_arguments(config: DistillConfig) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and ranks > 1 else None,
+        ddp_find_unused_parameters=False,
+        fsdp=training.fsdp or None,
+        fsdp_config={"version": 2, "activation_checkpointing": training.activation_checkpointing} if training.fsdp else None,
         seed=training.seed,
         disable_tqdm=True,
-        **{_CHECKPOINTING: training.activation_checkpointing},
+        **{_CHECKPOINTING: training.activation_checkpointing and not training.fsdp},
     )
 
 
@@ -292,7 +295,7 @@ def _same_run(config: DistillConfig, out: Path) -> None:
     """Keep the configuration beside the checkpoints; ChassisError if those were made with another one."""
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
     path = out / CONFIG
-    if path.exists() and _checkpoints(out):
+    if path.exists() and _newest_checkpoint(out):
         theirs = json.loads(path.read_text())
         changed = [
             key for key in ("student", "teachers", "data", "loss", "training") if theirs.get(key) != json.loads(text)[key]
@@ -305,5 +308,14 @@ def _same_run(config: DistillConfig, out: Path) -> None:
         write_file(path, text)
 
 
-def _checkpoints(out: Path) -> bool:
-    return any((out / "checkpoints").glob("checkpoint-*"))
+def _newest_checkpoint(out: Path) -> Path | None:
+    """The newest that was written to its end, wherever a process was killed: trainer_state.json comes last."""
+    found = {int(path.name.rsplit("-")[-1]): path for path in (out / "checkpoints").glob("checkpoint-*")}
+    return next((found[step] for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
+    except (OSError, ValueError):
+        return False

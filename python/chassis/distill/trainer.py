@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -56,6 +57,17 @@ class DistillTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps, self._micro = 0, 0
         self._kd_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate shards on accelerators alone and would take DDP without a word; fully_shard needs no device.
+            state = self.accelerator.state
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples = list(islice(epoch_iterator, num_batches))
