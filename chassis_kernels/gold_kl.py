@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
-from chassis_kernels.grad_buffer import check_buffer, hand_over
+from chassis_kernels.grad_buffer import hand_over, one_pass
 from chassis_kernels.parallel import gold_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl as reference
@@ -47,9 +47,10 @@ def gold_kl(
     correct), has predicting positions on both sides and a sample mask that is not 0. D is `denominator`, else the number of
     chunks that count; at least 1. `reverse` swaps the roles in the common part.
 
-    Differentiable in student_logits. grad_buffer, of the logits' shape and dtype: the gradient is written there in the same
-    pass as the loss, and backward returns it, once; a second backward raises. It may be student_logits itself, whose values
-    are then lost. Unused where no gradient is asked for.
+    Differentiable in student_logits. The gradient of float32 and bfloat16 logits is made in the same pass as the loss and
+    held until backward. grad_buffer, of the logits' shape and dtype: it is written there, and backward returns the buffer,
+    once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused where no gradient is
+    asked for.
 
     parallel: the groups over which vocabulary and sequence are spread; logits and chunk ids are then this rank's.
 
@@ -75,16 +76,18 @@ def gold_kl(
         if grad_buffer is not None:
             raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
         return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
-    if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
-        check_buffer(grad_buffer, student_logits)
+    gradient = one_pass(student_logits, grad_buffer, sample_mask, denominator)
+    if gradient is not None:
+        op = torch.ops.chassis.gold_kl_
         with torch.no_grad():
             plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
             rest = relaxed, (float(temperature), uncommon_topk, reverse)
             arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, *rest)
             weight = (temperature**2 / reference.divide_by(plan, denominator)).expand(len(plan.weight))
-            parts = torch.ops.chassis.gold_kl_(grad_buffer.detach().flatten(0, 1), weight, *arguments)
+            parts = op(gradient.flatten(0, 1), weight, *arguments)
             loss, metrics = reference.combine(*parts, plan, temperature, denominator)
-        return hand_over(loss, student_logits, grad_buffer, "gold_kl"), metrics
+        again = (op, weight, *arguments) if grad_buffer is None else (None,)
+        return hand_over(loss, student_logits, gradient, "gold_kl", *again), metrics
     op = torch.ops.chassis.gold_kl
     return reference.loss(student_logits, teacher_logits, projection, chunks, **options, op=op)
 
@@ -122,7 +125,7 @@ def _cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cpu_backward(grad_common, grad_l1, student, *arguments) -> Tensor:
-    out = torch.empty(student.shape, dtype=student.dtype)
+    out = pages.empty(student.shape, student.dtype)
     _call((student, *arguments), None, (grad_common, grad_l1), out)
     return out
 

@@ -215,9 +215,7 @@ backends.register(
     triton=backends.triton_kernel("linear_kl", "linear_kl_backward"),
     inputs=slice(1, 10),
 )
-torch.library.register_autograd(
-    "chassis::linear_kl", _backward, setup_context=_setup_context, lib=backends.library
-)
+torch.library.register_autograd("chassis::linear_kl", _backward, setup_context=_setup_context, lib=backends.library)
 torch.library.register_autograd(
     "chassis::linear_kl_backward",
     _no_second_derivative,

@@ -1,7 +1,8 @@
 """KL between a teacher and a student with different tokenizers, through a sparse projection, chunk by chunk.
 
-The equations stand in `reference/projection_kl.py`. No [T, V] tensor is made or saved: the backward pass works from the
-logits and each row's (max, 1 / sum), and may write into a buffer of the caller's, which may be the logits themselves.
+The equations stand in `reference/projection_kl.py`. The only [T, V] tensor is the gradient, made in the same pass as the
+loss; with labels, whose gradient is not known before, in the backward pass, from the logits and each row's (max, 1 / sum).
+It may go to a buffer of the caller's, which may be the logits themselves.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
+from chassis_kernels.grad_buffer import hand_over, one_pass
 from chassis_kernels.parallel import projection_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.parallel.next_token import next_token_nll
@@ -58,7 +60,8 @@ def projection_kl(
     labels: the token that each position predicts. stats.nll is then its -log p at temperature 1, from the same read of the
     logits, and Σ label_weight · nll, where given, is added to the loss.
 
-    Differentiable in student_logits; logits float32, bfloat16, float16 (float64: reference backend).
+    Differentiable in student_logits; logits float32, bfloat16, float16 (float64: reference backend). Without labels the
+    gradient of float32 and bfloat16 logits is made in the same pass as the loss and held until backward.
     grad_buffer, of the logits' shape and dtype: the gradient is written there in the same pass as the loss, and backward
     returns it, once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused
     where no gradient is asked for. The loss alone has a gradient then: labels need a label_weight.
@@ -96,27 +99,16 @@ def projection_kl(
         if grad_buffer is not None:
             raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
         return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
-    if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
-        _check_buffer(grad_buffer, student_logits, labels, label_weight)
-        plan = layout(chunks, sample_mask, exact_only, compute_dtype(student_logits, teacher_logits))
-        weight = reference.chunk_weights(plan, temperature, denominator)
-        if label_weight is not None:
-            label_weight = label_weight.detach().flatten().to(weight.dtype)
-        with torch.no_grad():
-            if columns is None:
-                columns = reference.choose_columns(teacher_logits, projection, column_mask, vocab_topk, _top)
-            scalars = float(temperature), DIVERGENCES.index(divergence), tail
-            arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, columns, labels, scalars)
-        loss, kl, agree, nll = _IntoBuffer.apply(student_logits, grad_buffer, weight, label_weight, *arguments[1:])
-        stats = reference.stats(plan, kl, agree, chunks, columns)
-        return loss, stats if labels is None else stats._replace(nll=nll.view(labels.shape))
+    if labels is None or grad_buffer is not None:
+        gradient = one_pass(student_logits, grad_buffer, sample_mask, denominator)
+        if gradient is not None:
+            inputs = student_logits, teacher_logits, projection, chunks
+            return _with_gradient(gradient, *inputs, repeatable=grad_buffer is None, **options)
     ops = {"op": torch.ops.chassis.projection_kl, "select": _top}
     return reference.loss(student_logits, teacher_logits, projection, chunks, **options, **ops)
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, size: int, *, parallel: Parallel = ONE_RANK
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits: Tensor, labels: Tensor, size: int, *, parallel: Parallel = ONE_RANK) -> tuple[Tensor, Tensor]:
     """-log softmax(logits[..., :size]) of labels [B, T] (-1: none), in nats, [B, T] and 0 where there is none; and where no
     logit is above the label's, [B, T] bool. logits [B, T, >= size], read once; differentiable in them."""
     _check_labels(logits, size, labels, None)
@@ -126,26 +118,29 @@ def cross_entropy(
     return reference.cross_entropy(logits, labels, size, torch.ops.chassis.projection_kl)
 
 
-class _IntoBuffer(torch.autograd.Function):
-    """The loss and, in the same pass, its gradient in the caller's buffer; backward hands the buffer over, once."""
-
-    @staticmethod
-    def forward(ctx, student_logits, buffer, weight, label_weight, *arguments):
-        student, ctx.buffer = student_logits.detach().flatten(0, 1), buffer.detach()
-        weights = weight, label_weight
-        kl, agree, nll = torch.ops.chassis.projection_kl_(ctx.buffer.flatten(0, 1), *weights, student, *arguments)
-        ctx.mark_non_differentiable(kl, agree, nll)
+def _with_gradient(gradient, student_logits, teacher_logits, projection, chunks, *, repeatable, columns, labels, **options):
+    """The loss and, in the same pass, its gradient."""
+    label_weight, temperature = options["label_weight"], options["temperature"]
+    if labels is not None and label_weight is None:
+        raise ValueError("labels with grad_buffer need a label_weight: the buffer holds the gradient of the loss alone")
+    plan = layout(chunks, options["sample_mask"], options["exact_only"], compute_dtype(student_logits, teacher_logits))
+    weight = reference.chunk_weights(plan, temperature, options["denominator"])
+    op = torch.ops.chassis.projection_kl_
+    with torch.no_grad():
+        if columns is None:
+            chosen = options["column_mask"], options["vocab_topk"]
+            columns = reference.choose_columns(teacher_logits, projection, *chosen, _top)
+        scalars = float(temperature), DIVERGENCES.index(options["divergence"]), options["tail"]
+        arguments = reference.op_arguments(student_logits, teacher_logits, projection, plan, columns, labels, scalars)
+        label_weight = None if label_weight is None else label_weight.flatten().to(weight.dtype)
+        kl, agree, nll = op(gradient.flatten(0, 1), weight, label_weight, *arguments)
         loss = reference.weighted_sum(kl, weight)
-        return loss if label_weight is None else loss + reference.weighted_sum(nll, label_weight), kl, agree, nll
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        buffer, ctx.buffer = ctx.buffer, None
-        if buffer is None:
-            raise RuntimeError("projection_kl with grad_buffer allows one backward: the buffer was handed over already")
-        if grad.device.type != "cpu" or grad != 1:
-            buffer.mul_(grad.to(buffer.dtype) if buffer.dtype == torch.float64 else grad)
-        return buffer, *(None,) * 16
+        if label_weight is not None:
+            loss = loss + reference.weighted_sum(nll, label_weight)
+    stats = reference.stats(plan, kl, agree, chunks, columns)
+    stats = stats if labels is None else stats._replace(nll=nll.view(labels.shape))
+    again = (op, weight, label_weight, *arguments) if repeatable else (None,)
+    return hand_over(loss, student_logits, gradient, "projection_kl", *again), stats
 
 
 def _top(teacher: Tensor, keep: Tensor | None, k: int) -> Tensor:
@@ -181,19 +176,6 @@ def _check_labels(logits: Tensor, size: int, labels: Tensor | None, weight: Tens
     if weight is not None and (labels is None or weight.shape != shape):
         given = "no labels" if labels is None else f"shape {tuple(weight.shape)}"
         raise ValueError(f"label_weight comes with {given}, expected labels and shape {shape}")
-
-
-def _check_buffer(buffer: Tensor, logits: Tensor, labels: Tensor | None, label_weight: Tensor | None) -> None:
-    if labels is not None and label_weight is None:
-        raise ValueError(
-            "labels with grad_buffer need a label_weight: what is in the buffer is the gradient of the loss alone"
-        )
-    if buffer.shape != logits.shape or buffer.dtype != logits.dtype or buffer.device != logits.device:
-        raise ValueError(
-            f"grad_buffer is {buffer.dtype} {tuple(buffer.shape)}, expected the logits' {logits.dtype} {tuple(logits.shape)}"
-        )
-    if not buffer.is_contiguous():
-        raise ValueError("grad_buffer must be contiguous")
 
 
 def _setup_context(ctx, inputs, output):
@@ -233,7 +215,7 @@ def _cpu(*arguments):
 
 def _cpu_backward(grad, grad_nll, student, *arguments):
     *arguments, row_max, row_scale, ce_scale = arguments
-    out = torch.empty(student.shape, dtype=student.dtype)
+    out = pages.empty(student.shape, student.dtype)
     rows = row_max.contiguous(), row_scale.contiguous(), ce_scale.contiguous()
     _call((student, *arguments), (None, None, None, *rows), out, (grad, grad_nll), known=True)
     return out

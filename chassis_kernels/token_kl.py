@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels.chunks import check_temperature
-from chassis_kernels.grad_buffer import check_buffer, hand_over
+from chassis_kernels.grad_buffer import hand_over, one_pass
 from chassis_kernels.parallel import token_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import token_kl as reference
@@ -37,9 +37,10 @@ def token_kl(
     batch (positions outside `column_mask` do not vote; ties go to the lowest id); None: over all V tokens. `reverse`:
     KL(student ‖ teacher). Rows of mask 0 are not read.
 
-    Differentiable in student_logits. grad_buffer, of the logits' shape and dtype: the gradient is written there in the same
-    pass as the loss, and backward returns it, once; a second backward raises. It may be student_logits itself, whose values
-    are then lost. Unused where no gradient is asked for.
+    Differentiable in student_logits. The gradient of float32 and bfloat16 logits is made in the same pass as the loss and
+    held until backward. grad_buffer, of the logits' shape and dtype: it is written there, and backward returns the buffer,
+    once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused where no gradient is
+    asked for.
 
     parallel: the groups over which vocabulary and sequence are spread; logits and masks are then this rank's.
 
@@ -77,12 +78,15 @@ def token_kl(
     mask = mask.flatten().to(compute_dtype(student, teacher))
     options = columns, mask != 0, float(temperature), reverse
     factor = temperature**2 / (n_tokens + reference.TOKENS_EPS)
-    if grad_buffer is not None and torch.is_grad_enabled() and student_logits.requires_grad:
-        check_buffer(grad_buffer, student_logits)
+    gradient = one_pass(student_logits, grad_buffer, mask, n_tokens)
+    if gradient is not None:
+        op, weight = torch.ops.chassis.token_kl_, (factor * mask).detach()
         with torch.no_grad():
-            kl = torch.ops.chassis.token_kl_(grad_buffer.detach().flatten(0, 1), factor * mask, student, teacher, *options)
+            arguments = student.detach(), teacher, *options
+            kl = op(gradient.flatten(0, 1), weight, *arguments)
             loss = factor * torch.where(mask != 0, mask * kl, 0.0).sum()
-        return hand_over(loss, student_logits, grad_buffer, "token_kl")
+        again = (op, weight, *arguments) if grad_buffer is None else (None,)
+        return hand_over(loss, student_logits, gradient, "token_kl", *again)
     kl = torch.ops.chassis.token_kl(student, teacher, *options)
     return factor * torch.where(mask != 0, mask * kl, 0.0).sum()
 
@@ -136,7 +140,7 @@ def _cpu(*arguments) -> Tensor:
 
 
 def _cpu_backward(grad, student, *arguments) -> Tensor:
-    out = torch.empty(student.shape, dtype=student.dtype)
+    out = pages.empty(student.shape, student.dtype)
     _call((student, *arguments), None, grad, out)
     return out
 

@@ -51,7 +51,7 @@ def case(T: int, V_s: int, V_t: int, m: int, dtype: str) -> Case:
         lambda *given: by_probability(whole(eager).prepare(*given)(), *given),
         {
             "eager": whole(eager, read=by_probability),
-            "chassis": whole(chassis, read=by_probability, op="gold_kl"),
+            "chassis": whole(chassis, read=by_probability, op="gold_kl_"),
             "chassis_reused": into_buffer(chassis, read=by_probability, op="gold_kl_"),
             "chunked": in_parts(eager, shared, read=by_probability),
             "compile": whole(eager, compile_it=True, read=by_probability),

@@ -68,7 +68,7 @@ def case(T: int, V_s: int, V_t: int, K: int, k: int, dtype: str) -> Case:
         {
             "eager": whole(rows),
             "eager_chunks": whole(chunk_first),
-            "chassis": whole(chassis, op="projection_kl"),
+            "chassis": whole(chassis, op="projection_kl_"),
             "chassis_reused": into_buffer(chassis, op="projection_kl_"),
             "chassis_in_place": into_buffer(chassis, in_place=True, op="projection_kl_"),
             "chunked": in_parts(chunk_first, shared),

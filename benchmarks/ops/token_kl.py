@@ -66,7 +66,7 @@ def case(T: int, V: int, k: int, dtype: str) -> Case:
         lambda *given: whole(eager, given=others).prepare(*given)(),
         {
             "eager": whole(eager, given=others),
-            "chassis": whole(chassis, given=others, op="token_kl"),
+            "chassis": whole(chassis, given=others, op="token_kl_"),
             "chassis_reused": into_buffer(chassis, given=others, op="token_kl_"),
             "chunked": Provider(chunked),
             "compile": whole(eager, given=others, compile_it=True),

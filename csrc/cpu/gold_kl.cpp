@@ -272,7 +272,6 @@ struct Worker {
 
 void gold_kl(const GoldKL& in, const GoldKLResult& out) {
   const Members students(in.student_chunk, in.student.rows, in.chunks), teachers(in.teacher_chunk, in.teacher.rows, in.chunks);
-  if (!out.common) prefer_large_pages(out.grad);
 #pragma omp parallel
   {
     Worker worker{in, out};

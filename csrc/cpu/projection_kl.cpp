@@ -356,7 +356,6 @@ void projection_kl(const ProjectionKL& in, const ProjectionKLResult& out) {
   const Members student(in.student_chunk, in.student.rows, in.chunks), teacher(in.teacher_chunk, in.teacher.rows, in.chunks);
   const Edges edges(in);
   const std::vector<int32_t> columns(in.columns, in.columns + in.k);
-  if (out.known) prefer_large_pages(out.grad);
 #pragma omp parallel
   {
     Worker worker(in, out, edges, columns);

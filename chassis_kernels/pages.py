@@ -1,0 +1,61 @@
+"""Memory for large gradients: 2 MiB pages, and one freed block kept for the next gradient.
+
+The kernel zeroes every page that a process first touches, which takes longer than the loss that fills it; malloc hands
+blocks above 32 MiB back each time they are freed, so that a gradient of that size would pay on every step.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+
+LEAST = 4 << 20  # bytes; what is smaller comes from PyTorch's allocator
+PAGE = 2 << 20
+
+_kept: deque[mmap.mmap] = deque(maxlen=1)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, contiguous. A large one has pages of 2 MiB where the system offers them (Linux), and its
+    memory stays with the process when it is freed: the block that was freed last, for the next tensor of about its size."""
+    count = math.prod(shape)
+    size = -(-count * dtype.itemsize // PAGE) * PAGE
+    if size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    block = memoryview(_taken(size) or _made(size))
+    weakref.finalize(block, _kept.append, block.obj).atexit = False
+    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """`empty` of the shape and dtype of a CPU tensor; on another device PyTorch's, contiguous."""
+    if tensor.device.type == "cpu":
+        return empty(tensor.shape, tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def release() -> None:
+    """Hands the block that is kept back to the system."""
+    _kept.clear()
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    try:
+        block = _kept.pop()
+    except IndexError:
+        return None
+    return block if size <= len(block) <= 2 * size else None
+
+
+def _made(size: int) -> mmap.mmap:
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system built without large pages
+        pass
+    return block
