@@ -4,7 +4,8 @@
 //   forward KL(q || p) = sum q (log q - log p),   dKL/dz_s = (p - q) / tau
 //   reverse KL(p || q) = sum p (log p - log q),   dKL/dz_s = p (log p - log q - KL) / tau
 //
-// A row's differences to its maximum and its exponentials stay in cache from the first read to the gradient's store.
+// A row of both sides is gathered once; its exponentials, and in reverse the differences of the logits, stay in cache until
+// the gradient's store.
 #include <vector>
 
 #include "cpu/logit_rows.h"
@@ -15,46 +16,91 @@ namespace {
 
 const float kInfinity = std::numeric_limits<float>::infinity();
 
+// The columns J, also as one bit a column, kLanes columns a mask.
+struct Columns {
+  std::vector<int32_t> ids;
+  std::vector<uint16_t> masks;
+  Columns(const int64_t* columns, int64_t k, int64_t width) : ids(columns, columns + k), masks(ceil_div(width, kLanes)) {
+    for (int32_t id : ids) masks[id / kLanes] |= 1 << id % kLanes;
+  }
+};
+
+// Rows of `width` values, of which those in J are given: past the caches, straight to memory where that is aligned.
+template <class T>
+struct Writer {
+  const Columns& columns;
+  const int64_t width;
+  std::vector<T> line = std::vector<T>(ceil_div(width, kLanes) * kLanes);
+
+  // value(j): the vector that starts at column j, a multiple of kLanes.
+  template <class F>
+  void whole(T* to, F value) {
+    const int64_t vectors = width / kLanes * kLanes;
+    if (reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(T)) == 0) {
+      for (int64_t j = 0; j < vectors; j += kLanes) stream(to + j, value(j));
+    } else {
+      for (int64_t j = 0; j < vectors; j += kLanes) store_rounded(line.data() + j, value(j));
+      stream_bytes(line.data(), to, vectors * sizeof(T));
+    }
+    if (vectors == width) return;
+    const vf last = value(vectors);
+    for (int64_t j = vectors; j < width; ++j) from_float(last[j - vectors], to[j]);
+  }
+
+  // values[j] to the j-th of J, 0 to the others; some values beyond the last are read.
+  void scattered(T* to, const float* values) {
+#if defined(__AVX512F__)
+    const uint16_t* mask = columns.masks.data();
+    whole(to, [&](int64_t) {
+      const __m512 spread = _mm512_maskz_expand_ps(*mask, _mm512_loadu_ps(values));
+      values += __builtin_popcount(*mask++);
+      return (vf)spread;
+    });
+#else
+    for (int32_t id : columns.ids) from_float(*values++, line[id]);  // the line is 0 elsewhere
+    stream_bytes(line.data(), to, width * sizeof(T));
+#endif
+  }
+};
+
+// The logits of one side, less their maximum, over tau; padded with -inf.
 struct Side {
-  Scratch scratch;
-  float *x, *e;  // (z - max) / tau and its exponential, padded with -inf and 0
-  float scale, lse;
-  explicit Side(int64_t k) : scratch(2, k), x(scratch.row(0)), e(scratch.row(1)) {}
+  float* x;
+  float best;
+  double total = 0;  // of the exponentials
 
   template <class T>
-  void read(const T* z, const std::vector<int32_t>& columns, int64_t k, float inverse) {
-    vf top = splat(-FLT_MAX);
-    if (!columns.empty()) {
-      const int32_t* at = columns.data();
+  static void gather(const T* z, const Columns& columns, int64_t k, float* x) {
+    if (!columns.ids.empty()) {
+      const int32_t* at = columns.ids.data();
       for (int64_t j = 0; j < k; ++j) x[j] = to_float(z[at[j]]);
     } else {
       int64_t j = 0;
       for (; j + kLanes <= k; j += kLanes) store(x + j, load(z + j));
       for (; j < k; ++j) x[j] = to_float(z[j]);
     }
-    std::fill(x + k, x + scratch.stride, -kInfinity);
-    for (int64_t j = 0; j < scratch.stride; j += kLanes) top = vmax(load(x + j), top);
-    const float best = max(top);
-    const double total = sum_blocks(scratch.stride, [&](int64_t j) {
-      vf v = (load(x + j) - best) * inverse, exponential = exp_nonpositive(v);
-      store(x + j, v);
-      store(e + j, exponential);
-      return exponential;
-    });
-    scale = float(1 / total);
-    lse = float(std::log(total));
   }
+  template <class T>
+  Side(const T* z, const Columns& columns, int64_t k, int64_t padded, float* x) : x(x) {
+    gather(z, columns, k, x);
+    std::fill(x + k, x + padded, -kInfinity);
+    vf top = splat(-FLT_MAX);
+    for (int64_t j = 0; j < padded; j += kLanes) top = vmax(load(x + j), top);
+    best = max(top);
+  }
+  float scale() const { return float(1 / total); }
+  double lse() const { return std::log(total); }
 };
 
 template <class T>
 struct Worker {
   const TokenKL& in;
   const TokenKLResult& out;
-  const std::vector<int32_t>& columns;
+  const Columns& columns;
   const float inverse = 1 / in.temperature;
-  Side student{in.k}, teacher{in.k};
-  std::vector<float> gradient = std::vector<float>(student.scratch.stride);
-  std::vector<T> line = std::vector<T>(columns.empty() ? 0 : in.student.cols);  // a row of the gradient, 0 outside J
+  Scratch scratch{2, in.k + kLanes};
+  const int64_t padded = ceil_div(in.k, kLanes) * kLanes;
+  Writer<T> writer{columns, in.student.cols};
 
   void row(int64_t i) {
     T* to = static_cast<T*>(out.grad.data) + i * out.grad.stride;
@@ -63,50 +109,55 @@ struct Worker {
     if (out.kl) out.kl[i] = 0;
     if (out.grad.data && weight == 0) std::memset(to, 0, in.student.cols * sizeof *to);
     if (!kept || (!out.kl && weight == 0)) return;
-    student.read(static_cast<const T*>(in.student.data) + i * in.student.stride, columns, in.k, inverse);
-    with_type(in.teacher, [&](auto* z) { teacher.read(z + i * in.teacher.stride, columns, in.k, inverse); });
-    const float kl = out.kl || in.reverse ? value() : 0;
-    if (out.kl) out.kl[i] = kl;
-    if (weight != 0) write(to, weight * inverse, kl);
+    Side student(static_cast<const T*>(in.student.data) + i * in.student.stride, columns, in.k, padded, scratch.row(0));
+    with_type(in.teacher, [&](auto* z) {
+      Side teacher(z + i * in.teacher.stride, columns, in.k, padded, scratch.row(1));
+      const float kl = in.reverse ? compare<true>(student, teacher) : compare<false>(student, teacher);
+      if (out.kl) out.kl[i] = kl;
+      if (weight != 0) write(student, teacher, kl, weight * inverse, to);
+    });
   }
 
  private:
-  float value() const {
-    const Side &from = in.reverse ? student : teacher, &to = in.reverse ? teacher : student;
-    const double shift = double(to.lse) - from.lse;
-    const double kl = sum_blocks(from.scratch.stride, [&](int64_t j) {
-      vf p = load(from.e + j) * from.scale;
-      return p == vf{} ? p : p * (load(from.x + j) - load(to.x + j));
-    });
-    return float(kl + shift);
+  // The KL. Leaves exponentials in place of the logits; in reverse, in the teacher's place, how far the student's exceed them.
+  template <bool reverse>
+  float compare(Side& student, Side& teacher) const {
+    float *x = student.x, *y = teacher.x;
+    double sum_p = 0, sum_q = 0, sum_apart = 0;
+    for (int64_t from = 0; from < padded; from += kBlock) {
+      vf p = {}, q = {}, apart = {};
+      for (int64_t j = from; j < std::min(from + kBlock, padded); j += kLanes) {
+        const vf s = (load(x + j) - student.best) * inverse, t = (load(y + j) - teacher.best) * inverse;
+        const vf e_s = exp_nonpositive(s), e_t = exp_nonpositive(t), d = reverse ? s - t : t - s, e = reverse ? e_s : e_t;
+        p += e_s, q += e_t, apart += e == vf{} ? e : e * d;
+        store(x + j, e_s);
+        store(y + j, reverse ? d : e_t);
+      }
+      sum_p += sum(p), sum_q += sum(q), sum_apart += sum(apart);
+    }
+    student.total = sum_p, teacher.total = sum_q;
+    const double shift = student.lse() - teacher.lse();
+    return float(reverse ? sum_apart / sum_p - shift : sum_apart / sum_q + shift);
   }
 
-  void write(T* to, float factor, float kl) {
-    const float shift = teacher.lse - student.lse - kl;
-    auto slope = [&](int64_t j) {
-      vf p = load(student.e + j) * student.scale;
-      if (in.reverse) return (p == vf{} ? p : p * (load(student.x + j) - load(teacher.x + j) + shift)) * factor;
-      return (p - load(teacher.e + j) * teacher.scale) * factor;
+  void write(const Side& student, const Side& teacher, float kl, float factor, T* to) {
+    float *x = student.x, *y = teacher.x;
+    const float p = student.scale(), q = teacher.scale(), shift = float(teacher.lse() - student.lse()) - kl;
+    auto forward = [&](int64_t j) { return (load(x + j) * p - load(y + j) * q) * factor; };
+    auto reverse = [&](int64_t j) {
+      const vf e = load(x + j);
+      return (e == vf{} ? e * p : e * p * (load(y + j) + shift)) * factor;
     };
-    for (int64_t j = 0; j < student.scratch.stride; j += kLanes) store(gradient.data() + j, slope(j));
-    if (columns.empty()) {
-      int64_t j = 0;
-      for (; j < in.k && reinterpret_cast<uintptr_t>(to + j) % 64; ++j) from_float(gradient[j], to[j]);
-      for (; j + kLanes <= in.k; j += kLanes) stream(to + j, load(gradient.data() + j));
-      for (; j < in.k; ++j) from_float(gradient[j], to[j]);
-      std::memset(to + in.k, 0, (in.student.cols - in.k) * sizeof *to);
-    } else {
-      for (int64_t j = 0; j < in.k; ++j) from_float(gradient[j], line[columns[j]]);
-      stream_bytes(line.data(), to, in.student.cols * sizeof *to);
-    }
+    if (columns.ids.empty()) return in.reverse ? writer.whole(to, reverse) : writer.whole(to, forward);
+    for (int64_t j = 0; j < padded; j += kLanes) store(x + j, in.reverse ? reverse(j) : forward(j));
+    writer.scattered(to, x);
   }
 };
 
 }  // namespace
 
 void token_kl(const TokenKL& in, const TokenKLResult& out) {
-  const std::vector<int32_t> columns(in.columns, in.columns ? in.columns + in.k : nullptr);
-  if (!out.kl) prefer_large_pages(out.grad);
+  const Columns columns(in.columns, in.columns ? in.k : 0, in.student.cols);
 #pragma omp parallel
   with_type(in.student, [&](auto* z) {
     Worker<std::remove_pointer_t<decltype(z)>> worker{in, out, columns};
