@@ -140,5 +140,3 @@ def test_folded_bias_is_the_nearest_map_without_one(plugged, tiny_tokenizer):
     best = torch.linalg.lstsq(hidden.double(), torch.ones(len(hidden), 1, dtype=torch.float64)).solution[:, 0]
     residual, least = (one - 1).square().mean(), (hidden.double() @ best - 1).square().mean()
     assert residual <= 1.01 * least + 1e-6
-
-

@@ -1,12 +1,14 @@
 """A lens: one affine map per layer from the base's residual stream to the expert's final hidden state.
 
 Read through the expert's unembedding it gives that layer's best linear guess of the expert's logits. Because ridge is
-linear in its target this is the same lens as regressing on [N, V] logits, at E/V of the cost.
+linear in its target this is the same lens as regressing on [N, V] logits, at E/V of the cost. A lens of a model onto itself
+can also end before the final norm, as the tuned lens and the Jacobian lens do (`chassis.lens_formats`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from safetensors.torch import load_file
 
 from chassis.errors import ChassisError
 from chassis.files import write_folder
+from chassis.models import capture, inspect_head
+from chassis.probes import Window, pad
 from chassis.statistics import Statistics
-from chassis_kernels import ridge
+from chassis_kernels import Moments, ridge
 
 FORMAT = "chassis-lens-1"
 FINAL = "final"
@@ -25,12 +29,15 @@ FINAL = "final"
 
 @dataclass
 class LensConfig:
-    """Where a lens came from. `space` of the layers: residual stream; of "final": after the final norm."""
+    """Where a lens came from. `target`: the expert's final state after its norm ("final") or before it ("pre_norm")."""
 
     base: str = ""
     expert: str = ""
     vocabulary_hash: str = ""
     alpha: float = 0.0
+    target: str = "final"
+    n_layers: int = 0  # blocks of the base; 0 where it is not known
+    n_windows: int = 0  # of text it was fitted on; 0 where it is not known
     format: str = FORMAT
 
 
@@ -45,7 +52,7 @@ class Lens:
         return list(self.maps)
 
     def hidden(self, layer: int | str, states: torch.Tensor) -> torch.Tensor:
-        """The expert's final hidden state guessed from this layer: [N, D] -> [N, E] fp32."""
+        """The expert's final hidden state (in the space `config.target`) guessed from this layer: [N, D] -> [N, E] fp32."""
         if layer not in self.maps:
             raise ChassisError(f"no lens for layer {layer}: this one has {', '.join(map(str, self.maps))}")
         weight, bias = self.maps[layer]
@@ -86,3 +93,36 @@ def fit_lens(statistics: Statistics, alpha: float = 1e-4, config: LensConfig | N
         solution = ridge.solve(moments, alpha)
         maps[layer] = solution.W.float(), solution.b.float()
     return Lens(maps, config)
+
+
+@torch.no_grad()
+def fit_self_lens(
+    model: torch.nn.Module,
+    windows: Sequence[Window],
+    alpha: float = 1e-4,
+    config: LensConfig | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Lens:
+    """A lens from the input of every block (or of `layers`) onto the model's own residual stream before the final norm.
+
+    One pass, one ridge solve per layer; `progress` is called with the number of windows done. Raises ModelError for a model
+    without a single list of blocks.
+    """
+    config, n_layers = config or LensConfig(), len(inspect_head(model).blocks)
+    config.alpha, config.target, config.n_layers, config.n_windows = alpha, "pre_norm", n_layers, len(windows)
+    layers = tuple(range(n_layers)) if layers is None else tuple(layers)
+    width, device = model.get_output_embeddings().weight.shape[1], model.get_output_embeddings().weight.device
+    moments = {layer: Moments(width, width, device=device) for layer in layers}
+    for start in range(0, len(windows), batch_size):
+        ids, mask, _ = pad([window.ids for window in windows[start : start + batch_size]], "right")
+        captured = capture(model, ids, mask, layers=layers, pre_norm=True)
+        rows = mask.bool().to(device)
+        for layer in layers:
+            moments[layer].update(captured.layers[layer][rows], captured.pre_norm[rows])
+        if progress:
+            progress(min(start + batch_size, len(windows)))
+    solved = {layer: ridge.solve(each, alpha) for layer, each in moments.items()}
+    return Lens({layer: (each.W.float(), each.b.float()) for layer, each in solved.items()}, config)

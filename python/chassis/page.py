@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
+RAMP = ("#ffffff", "#ffe0b2", "#faa368", "#e8603c")  # from nothing to much
 PAGE_ONLY = ("±", "parameters", "vs base", "u 95 %")  # columns that a terminal has no room for
 
 
@@ -51,6 +52,14 @@ def render(template: str = "page.html", *, title: str, pictures: Sequence[tuple[
     environment = Environment(loader=PackageLoader("chassis", "assets"), autoescape=True)
     encoded = [{"data": base64.b64encode(png).decode(), "caption": caption} for png, caption in pictures]
     return environment.get_template(template).render(title=title, pictures=encoded, **{"ramp": []} | content)
+
+
+def colour(level: float) -> str:
+    """A point of RAMP, 0 at its start and 1 or more at its end."""
+    position = min(max(level, 0.0), 1.0) * (len(RAMP) - 1)
+    left = min(int(position), len(RAMP) - 2)
+    low, high = (bytes.fromhex(end.removeprefix("#")) for end in RAMP[left : left + 2])
+    return "#" + "".join(f"{round(a + (b - a) * (position - left)):02x}" for a, b in zip(low, high, strict=True))
 
 
 def number(value: float | None) -> str:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from chassis.files import write_folder
-from chassis.page import Row, Table, count, number, plain, print_tables, render, share, size
+from chassis.page import RAMP, Row, Table, colour, count, number, plain, print_tables, render, share, size
 
 CAPTIONS = {
     "kl_by_rank": "KL of the adapter at each rank. Dashed: what doing nothing scores. Right axis: the share of it removed.",
@@ -19,7 +19,6 @@ CAPTIONS = {
     "refinement": "KL while the adapter is refined; the best step on validation documents is kept, or else the closed form.",
     "bits_per_byte": "Bits per byte on the same test documents: the base, the base with its adapter, the expert.",
 }
-RAMP = ((255, 255, 255), (255, 224, 178), (250, 163, 104), (232, 96, 60))
 
 
 def write_report(results: dict, folder: str | Path) -> Path:
@@ -144,7 +143,7 @@ def _html(results: dict, pictures: dict[str, bytes]) -> str:
         cards=_cards(results),
         tables=tables(results),
         passage=_passage(results),
-        ramp=[_css(colour) for colour in RAMP],
+        ramp=RAMP,
         notes=_notes(results),
         speakers=speakers(results.get("generations") or []),
     )
@@ -187,8 +186,8 @@ def _passage(results: dict) -> dict | None:
         for token in tokens:
             body = token["text"].rstrip("\n")
             kl = token[key]
-            colour = "transparent" if kl is None else _css(_colour(kl / top))
-            cells.append({"text": body or "↵", "tail": token["text"][len(body) :], "kl": number(kl), "colour": colour})
+            shade = "transparent" if kl is None else colour(kl / top)
+            cells.append({"text": body or "↵", "tail": token["text"][len(body) :], "kl": number(kl), "colour": shade})
         return {"name": name, "tokens": cells}
 
     def mean(key: str) -> str:
@@ -211,18 +210,6 @@ def _notes(results: dict) -> list[str]:
 def _if_chosen(row: dict, results: dict) -> str:
     kind = "refined" if results.get("refined") else "closed form"
     return "chosen" if (row["rank"], row["kind"]) == (results.get("rank"), kind) else ""
-
-
-def _colour(level: float) -> tuple[int, int, int]:
-    """A point of RAMP, 0 at its start and 1 or more at its end."""
-    position = min(max(level, 0.0), 1.0) * (len(RAMP) - 1)
-    left = min(int(position), len(RAMP) - 2)
-    low, high = RAMP[left], RAMP[left + 1]
-    return tuple(round(a + (b - a) * (position - left)) for a, b in zip(low, high, strict=True))
-
-
-def _css(colour: tuple[int, int, int]) -> str:
-    return "#" + "".join(f"{part:02x}" for part in colour)
 
 
 def _kl(row: dict, no_op: dict) -> list[str]:

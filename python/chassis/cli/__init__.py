@@ -12,7 +12,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-from chassis.cli import fitting, using, tokenizing, bridging, distilling, checking  # noqa: E402, F401, I001  their commands register in this order
+from chassis.cli import fitting, using, lenses, tokenizing, bridging, distilling, checking  # noqa: E402, F401, I001  their commands register in this order
 
 
 def main() -> None:
