@@ -322,7 +322,7 @@ def test_readme_s_commands_exist():
     lines = [line for line in README.read_text().splitlines() if line.startswith("chassis ")]
     assert len(lines) >= 6
     for _, name, *options in map(str.split, lines):
-        command = (name, options[0]) if name == "bridge" else (name,)
+        command = (name, options[0]) if name in ("bridge", "lens") else (name,)
         helped = chassis(*command, "--help").stdout
         assert all(option in helped for option in options if option.startswith("-")), lines
 
