@@ -52,7 +52,7 @@ def test_build_em_runs_the_expert_and_the_bridge_is_read_by_eval(tiny_testbed, w
     assert rows["em"]["bits_per_byte"] < rows["canonical"]["bits_per_byte"] and rows["jeffrey"]["bits_per_byte"] > 0
 
 
-@pytest.mark.parametrize("method", ["projection", "counted-projection"])
+@pytest.mark.parametrize("method", ["projection", "counted-projection", "embedding-projection"])
 def test_build_writes_projections_with_sample_rows(tiny_testbed, work, tmp_path, method):
     out = tmp_path / "p.safetensors"
     result = chassis(

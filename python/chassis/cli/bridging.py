@@ -13,12 +13,13 @@ from chassis.errors import ChassisError
 
 bridge_app = typer.Typer(help="Carry a model's probabilities over to another tokenizer.", no_args_is_help=True)
 app.add_typer(bridge_app, name="bridge")
-PROJECTIONS = ("projection", "counted-projection")
+PROJECTIONS = ("projection", "counted-projection", "embedding-projection")
 COUNTED = ("counted", "jeffrey_counted", "em", "counted-projection")
 METHOD_HELP = (
     "A bridge: counted, exact, two_segment, longest_prefix or canonical; jeffrey or jeffrey_counted, which ask the base too "
     "when they are used; em, counted and then raised to the likeliest by running the expert's model (the others need "
-    "tokenizers alone). Rows for the distillation loss: projection, counted-projection."
+    "tokenizers alone). Rows for the distillation loss: projection, counted-projection; embedding-projection, by how alike "
+    "the models' unembeddings are."
 )
 DATA = Annotated[
     list[str] | None, typer.Option("--data", help="Text to count on, as for fit. Repeatable.", show_default=False)
@@ -60,7 +61,7 @@ def build(
     documents = load_documents(data, text_column=text_column, split=hub_split, limit=max_documents) if data else ()
     texts = (d.text for d in documents)
     if method in PROJECTIONS:
-        projection, sides = _projection(base, expert, method, texts, out)
+        projection, sides = _projection(base, expert, method, texts, out, dtype, device)
         found = projection.report()._asdict()
         rows = [Row([name.replace("_", " "), f"{value:,.4g}"]) for name, value in found.items()]
         links, table = projection_links(projection, *sides), Table("The projection", ["what", "value"], rows)
@@ -73,15 +74,20 @@ def build(
     return _show_build(terminal, coverage_table(coverage), links, out, []) | {"coverage": coverage}
 
 
-def _projection(student: str, teacher: str, method: str, texts, out: Path):
-    from chassis.bridge.projection import build_projection, counted_projection
+def _projection(student: str, teacher: str, method: str, texts, out: Path, dtype: str | None, device: str):
+    from chassis.bridge.projection import build_projection, counted_projection, embedding_projection
     from chassis.bridge.projection_file import save_projection
+    from chassis.cli.loading import load_model
     from chassis.models import load_tokenizer, vocabulary_hash
     from chassis.text.token_bytes import TokenBytes
 
     tokenizers = [load_tokenizer(name) for name in (student, teacher)]
     sides = [TokenBytes.from_tokenizer(tokenizer) for tokenizer in tokenizers]
-    projection = build_projection(*sides) if method == "projection" else counted_projection(*sides, texts)
+    if method == "embedding-projection":
+        models = [load_model(name, dtype, device)[0] for name in (student, teacher)]
+        projection = embedding_projection(*sides, *(model.get_output_embeddings().weight for model in models))
+    else:
+        projection = build_projection(*sides) if method == "projection" else counted_projection(*sides, texts)
     save_projection(projection, out, hashes=tuple(vocabulary_hash(t) for t in tokenizers))
     return projection, sides
 
