@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from chassis.errors import ChassisError
+from chassis.models import load_tokenizer
 from chassis.testbed.tokenizers import byte_level, sentencepiece_style
 from chassis.text.alignment import align
+from chassis.text.samples import SAMPLES
 from chassis.text.spans import chat_spans, text_spans
 from chassis.text.token_strings import align_tokens, piece_bytes
 from hypothesis import given, settings
@@ -80,6 +82,23 @@ def test_chunks_are_the_shared_byte_ends(tokenizers, side):
 def test_any_strings(tokenizers, texts):
     found = check_against_brute_force(tokenizers, texts)
     assert found.student_chunk_id.shape[0] == len(texts)
+
+
+@pytest.mark.parametrize("kind", ["English", "code", "mixed Unicode"])
+def test_chunks_of_held_out_text_are_correct(tiny_testbed, kind):
+    """At least 99 % of the chunks that cover text, in texts that spell out no special token."""
+    held_out = {"English": "prose", "code": "source"}
+    if kind in held_out:
+        texts = [document.text for document in tiny_testbed.documents[held_out[kind]]["test"][:20]]
+    else:
+        texts = [*MIXED, *(text for text in SAMPLES if "<" not in text)]
+    spans = [text_spans(load_tokenizer(folder), texts) for folder in (tiny_testbed.base, tiny_testbed.other_expert)]
+    found = align(*spans)
+    covers = torch.zeros_like(found.pair_valid)
+    for side, ids in zip(spans, found[:2], strict=True):
+        row, place = np.nonzero((side.role == 0) & (side.end >= 0))
+        covers[row, ids[row, place]] = True
+    assert covers.sum() > 1000 and found.pair_is_correct[covers].double().mean() >= 0.99
 
 
 def test_exact_partitions_are_single_tokens_of_the_same_bytes(tokenizers):

@@ -76,6 +76,24 @@ def test_hub_is_read_through_datasets(monkeypatch, split):
     assert documents[1].source == f"hf://owner/name:config/{split}:1"
 
 
+def test_a_dataset_repository_is_streamed_by_its_card(tmp_path):
+    """By the datasets library itself: a copy of a repository on disk is read like one on the hub."""
+    card = "configs:\n- config_name: small\n  data_files:\n"
+    for split in ("train", "test"):
+        rows = [{"body": f"{split} {i}", "n": i} for i in range(3)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}-00000-of-00001.parquet")
+        card += f"  - split: {split}\n    path: {split}-*.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    source = f"hf://{tmp_path}:small"
+    documents = list(load_documents(source, split="test", text_column="body", limit=2))
+    assert texts_of(documents) == ["test 0", "test 1"] and documents[1].source == f"{source}/test:1"
+    with pytest.raises(ChassisError, match="no text column 'text'; the columns present are 'body', 'n'"):
+        list(load_documents(source))
+    for wrong, named in ((f"{source}er", "smaller"), (source, "absent")):
+        with pytest.raises(ChassisError, match=f"cannot read split .*{named}"):
+            list(load_documents(wrong, split="absent"))
+
+
 def test_unreachable_hub(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route to host\nlong details")
