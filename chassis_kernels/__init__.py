@@ -6,7 +6,7 @@ from chassis_kernels.bridge_project import Bridged, bridge_project
 from chassis_kernels.bridge_table import BlockedTokens, BridgeTable
 from chassis_kernels.chunks import Chunks
 from chassis_kernels.concept_erasure import ConceptErasure
-from chassis_kernels.delta_logits import delta_logits, delta_logits_
+from chassis_kernels.delta_logits import delta_logits, delta_logits_, stack_adapters
 from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.linear_cka import StreamingCKA, linear_cka
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
@@ -68,6 +68,7 @@ __all__ = [
     "moments_update_",
     "procrustes",
     "projection_kl",
+    "stack_adapters",
     "stitch",
     "token_kl",
     "use_backend",

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -81,7 +82,12 @@ class Op:
     schema: str
     implementations: dict[str, Implementation]
     example: Callable[[str], tuple]
-    calls: dict[str, int] = field(default_factory=dict)
+    dispatch: Callable  # what torch calls
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, *args):
+        """The op, without torch's dispatcher where nothing needs it: that costs several times what a small call does."""
+        return (self.dispatch if _plain(args) else getattr(torch.ops.chassis, self.name))(*args)
 
 
 OPS: dict[str, Op] = {}
@@ -101,24 +107,43 @@ def register(
     `inputs` are the arguments whose dtypes decide which backends can run; by default all of them.
     """
     name = schema.split("(")[0]
-    op = Op(name, schema, {"reference": Implementation(reference, None, "any"), **implementations}, example)
-    OPS[name] = op
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def dispatch(*args):
-        tensors = [t for arg in args[inputs] for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-        tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
-        backend = select(name, tensors[0].device.type, {t.dtype for t in tensors if t.is_floating_point()})
-        op.calls[backend] = op.calls.get(backend, 0) + 1
+        given = args[inputs]
+        if lists:
+            given = [t for arg in given for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        tensors = [t for t in given if isinstance(t, torch.Tensor)]
+        backend = select(name, tensors[0].device.type, tuple([t.dtype for t in tensors]))
+        op.calls[backend] += 1
         return op.implementations[backend].run(*args)
 
+    lists = "[]" in schema
+    op = Op(name, schema, {"reference": Implementation(reference, None, "any"), **implementations}, example, dispatch)
+    OPS[name] = op
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, dispatch, "CPU")
     library.impl(name, dispatch, "CUDA")
     torch.library.register_fake(f"chassis::{name}", fake, lib=library)
     return op
 
 
-def select(op: str, device: str, dtypes: set[torch.dtype]) -> str:
+def _plain(args: tuple) -> bool:
+    """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in args:
+        if isinstance(t, torch.Tensor) and (type(t) not in _ORDINARY or (grad and t.requires_grad)):
+            return False
+    return True
+
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def select(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Name of the backend that runs `op` on this device and these dtypes; raises BackendError for a bad override."""
     wanted = _override.get() or os.environ.get("CHASSIS_BACKEND") or None
     if wanted is not None:
@@ -126,6 +151,11 @@ def select(op: str, device: str, dtypes: set[torch.dtype]) -> str:
         if reason:
             raise BackendError(f"{op}: backend {wanted!r} was asked for, but {reason}")
         return wanted
+    return _default(op, device, tuple(dtypes))
+
+
+@functools.cache
+def _default(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     for backend in PREFERENCE.get(device, ("reference",)):
         implementation = OPS[op].implementations.get(backend)
         if implementation and implementation.verified and not why_not(op, backend, device, dtypes):
@@ -133,7 +163,7 @@ def select(op: str, device: str, dtypes: set[torch.dtype]) -> str:
     return "reference"
 
 
-def why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype] = frozenset()) -> str:
+def why_not(op: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...] = ()) -> str:
     """Why `backend` cannot run `op` here, in words; empty when it can."""
     if backend not in BACKENDS:
         return f"the backends are {', '.join(BACKENDS)}"
@@ -153,7 +183,8 @@ def why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype] = froze
         return "the tensors are on cpu, not on a GPU, and TRITON_INTERPRET=1 was not set when Python started"
     if backend in ("triton", "cuda") and device != "cuda" and not interpretable:
         return f"the tensors are on {device}, not on a GPU"
-    unsupported = dtypes - implementation.dtypes if implementation.dtypes is not None else set()
+    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+    unsupported = floats - implementation.dtypes if implementation.dtypes is not None else set()
     if unsupported:
         return f"it does not take {', '.join(sorted(str(d) for d in unsupported))}"
     return ""

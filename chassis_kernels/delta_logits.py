@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from chassis_kernels import backends
 from chassis_kernels.reference import delta_logits as reference
@@ -26,26 +28,27 @@ def delta_logits_(
     bias: Tensor | None = None,  # [K] or [A, K]
     *,
     mean: Tensor | None = None,  # [D] or [A, D]
-    cols: Tensor | None = None,  # [K] int64
+    cols: Tensor | None = None,  # [K] or [A, K] int64, in the second form -1 = no column
     adapter_id: Tensor | None = None,  # [N] int64, -1 = leave the row alone
 ) -> Tensor:
     """Add a rank-r change to the logits in place and return them.
 
     logits[:, cols] += ((hidden - mean) @ U) @ V + bias; without `cols`, K = V columns. Repeated columns accumulate. With a
-    leading dimension A on U, V, bias and mean, `adapter_id` picks the adapter of each row. N, K and r may be 0.
+    leading dimension A on U, V, bias and mean, `adapter_id` picks the adapter of each row; `cols` may then be one list for
+    all or one for each (`stack_adapters` makes such tensors of adapters of different ranks). N, K and r may be 0.
     Floating dtypes mix freely: hidden - mean, the products and the sum are float32 (float64 if an input is float64, on
     the reference backend), and the result is rounded once to the logits' dtype. Rows and columns that are not named keep
     their bits; a NaN stays where it is.
 
-    Raises ValueError for shapes that do not fit, IndexError for an id out of range (on CPU; a GPU kernel skips such ids),
-    RuntimeError where a gradient would be needed: use `delta_logits`.
+    Raises ValueError for shapes that do not fit, IndexError for an id out of range (on CPU, for the adapters in use; a GPU
+    kernel skips such ids), RuntimeError where a gradient would be needed: use `delta_logits`.
     """
     if torch.is_grad_enabled():
         _refuse_grad(logits=logits, hidden=hidden, U=U, V=V, bias=bias, mean=mean)
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
     if 0 in rows.stride() and any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise RuntimeError(f"logits of shape {tuple(logits.shape)} are expanded: rows share memory; clone them first")
-    torch.ops.chassis.delta_logits_(rows, *arguments)
+    _OP_(rows, *arguments)
     if rows is not logits and not _flattens(logits):
         logits.copy_(rows.view(logits.shape))
     return logits
@@ -65,6 +68,35 @@ def delta_logits(
     """`delta_logits_` into a new tensor, differentiable in logits, hidden, U, V, bias and mean (same shapes and errors)."""
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
     return torch.ops.chassis.delta_logits(rows, *arguments).view(logits.shape)
+
+
+def stack_adapters(
+    U: Sequence[Tensor],  # [D, r_a] each
+    V: Sequence[Tensor],  # [r_a, K_a]
+    bias: Sequence[Tensor] | None = None,  # [K_a]
+    mean: Sequence[Tensor] | None = None,  # [D]
+    cols: Sequence[Tensor | None] | None = None,  # [K_a] int64; None: the first K_a columns
+) -> dict[str, Tensor | None]:
+    """Adapters of different ranks and columns as the stacked tensors that `delta_logits_` takes: {U, V, bias, mean, cols}.
+
+    Shorter ones are filled up with zeros, lists of columns with -1, which changes no result. Raises ValueError for lists of
+    different lengths.
+    """
+    lengths = {len(each) for each in (U, V, bias, mean, cols) if each is not None}
+    if lengths != {len(U)} or not U:
+        raise ValueError(f"lists of {sorted(lengths)} tensors: expected one of each for every adapter, and an adapter")
+    rank, columns = max(u.shape[1] for u in U), max(v.shape[1] for v in V)
+    if cols is not None or any(v.shape[1] != columns for v in V):
+        own = [None] * len(V) if cols is None else cols
+        own = [torch.arange(v.shape[1], device=v.device) if c is None else c for v, c in zip(V, own, strict=True)]
+        cols = torch.stack([pad(c, (0, columns - len(c)), value=-1) for c in own])
+    return {
+        "U": torch.stack([pad(u, (0, rank - u.shape[1])) for u in U]),
+        "V": torch.stack([pad(v, (0, columns - v.shape[1], 0, rank - v.shape[0])) for v in V]),
+        "bias": None if bias is None else torch.stack([pad(c, (0, columns - len(c))) for c in bias]),
+        "mean": None if mean is None else torch.stack(list(mean)),
+        "cols": cols,
+    }
 
 
 def _flattens(tensor: Tensor) -> bool:
@@ -103,7 +135,7 @@ def _checked(logits, hidden, U, V, bias, mean, cols, adapter_id) -> tuple[Tensor
     if mean is not None:
         _expect("mean", mean, (*adapters, width))
     if cols is not None:
-        _expect("cols", cols, (columns,))
+        _expect("cols", cols, (*adapters, columns) if cols.dim() == 2 else (columns,))
         _expect_int64("cols", cols)
     elif columns != vocabulary:
         raise ValueError(f"V has {columns} columns and the logits {vocabulary}: name the columns with cols")
@@ -147,12 +179,15 @@ def _gradients(grad, needed, hidden, U, V, bias, mean, cols, adapter_id) -> list
     if not any(needed):
         return [None] * 5
     dtype = compute_dtype(grad, hidden, U, V, bias, mean)
-    G = (grad if cols is None else grad.index_select(1, cols)).to(dtype)  # [N, K]
     grad_hidden = torch.zeros_like(hidden, dtype=dtype) if for_hidden else None
     each = []
-    for u, v, m, rows in reference.adapters(U, V, mean, adapter_id):
+    for u, v, m, own, rows in reference.adapters(U, V, mean, cols, adapter_id):
         u, v = u.to(dtype), v.to(dtype)
-        mine = G if rows is None else torch.where(rows[:, None], G, 0.0)
+        mine = (grad if own is None else grad.index_select(1, own.clamp_min(0))).to(dtype)  # [N, K]
+        kept = None if rows is None else rows[:, None]
+        if own is not None and cols.dim() == 2:
+            kept = own >= 0 if kept is None else kept & (own >= 0)
+        mine = mine if kept is None else torch.where(kept, mine, 0.0)
         centred = hidden.to(dtype) if m is None else hidden.to(dtype) - m.to(dtype)
         inner = mine @ v.T  # [N, r]
         through = inner @ u.T if for_hidden or for_mean else None  # [N, D]
@@ -187,6 +222,7 @@ def _cpu_(logits, hidden, U, V, bias, mean, cols, adapter_id) -> None:
         U.shape[0] if U.dim() == 3 else 1,
         U.stride(0),
         V.stride(0),
+        cols.stride(0) if cols is not None and cols.dim() == 2 else 0,
         0 if cols is None else cols.data_ptr(),
         0 if adapter_id is None else adapter_id.data_ptr(),
     )
@@ -217,7 +253,7 @@ def _example(device: str) -> tuple:
     return *tensors, torch.tensor([8, 1, 1, 0], device=device), torch.tensor([1, -1, 0], device=device)
 
 
-backends.register(
+_OP_ = backends.register(
     f"delta_logits_(Tensor(a!) logits, {_ARGUMENTS}) -> ()",
     reference=reference.delta_logits_,
     fake=lambda *arguments: None,
@@ -231,6 +267,4 @@ backends.register(
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
 )
-torch.library.register_autograd(
-    "chassis::delta_logits", _backward, setup_context=_setup_context, lib=backends.library
-)
+torch.library.register_autograd("chassis::delta_logits", _backward, setup_context=_setup_context, lib=backends.library)

@@ -123,9 +123,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
                             const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,
-                            int64_t stride_V, uintptr_t cols, uintptr_t adapter_id) {
+                            int64_t stride_V, int64_t stride_cols, uintptr_t cols, uintptr_t adapter_id) {
     chassis::DeltaLogits args{matrix(logits), matrix(hidden), matrix(U), matrix(V), matrix(bias), matrix(mean), adapters,
-                              stride_U, stride_V, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
+                              stride_U, stride_V, stride_cols, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
     DISPATCH(delta_logits_(args));
   });
   m.def("linear_kl", [](const py::tuple& inputs, uintptr_t kl, uintptr_t lse_a, uintptr_t lse_b, uintptr_t argmax_a,

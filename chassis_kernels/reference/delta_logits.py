@@ -1,4 +1,4 @@
-"""logits[i, cols] += ((hidden_i - mean_a) U_a) V_a + bias_a with a = adapter_id[i], in eager PyTorch."""
+"""logits[i, cols_a] += ((hidden_i - mean_a) U_a) V_a + bias_a with a = adapter_id[i], in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def delta_logits_(
     V: Tensor,  # [r, K]
     bias: Tensor | None,  # [K]
     mean: Tensor | None,  # [D]
-    cols: Tensor | None,  # [K]
+    cols: Tensor | None,  # [K] or [A, K], there -1 = none
     adapter_id: Tensor | None,  # [N]
 ) -> None:
     """In place. Sums in float32 (float64 if an input is) and rounds once, also where `cols` repeats a column."""
     dtype = compute_dtype(logits, hidden, U, V, bias, mean)
-    check_ids(cols, logits.shape[1], "cols", lowest=0)
     check_ids(adapter_id, U.shape[0], "adapter_id", lowest=-1)
-    if cols is not None:
-        cols, position = cols.unique(return_inverse=True)
-    for u, v, c, m, mine in adapters(U, V, bias, mean, adapter_id):
+    each = list(adapters(U, V, bias, mean, cols, adapter_id))
+    for *_, own, mine in each:
+        if mine is None or logits.is_cuda or mine.any():
+            check_ids(own, logits.shape[1], "cols", lowest=0 if cols is None or cols.dim() == 1 else -1)
+    for u, v, c, m, own, mine in each:
         rows = torch.arange(len(logits), device=logits.device) if mine is None else mine.nonzero().squeeze(1)
         centred = hidden[rows].to(dtype)
         if m is not None:
@@ -35,22 +36,28 @@ def delta_logits_(
         delta = (centred @ u.to(dtype)) @ v.to(dtype)
         if c is not None:
             delta = delta + c.to(dtype)
-        if cols is None:
+        if own is None:
             logits[rows] = (logits[rows].to(dtype) + delta).to(logits.dtype)
         else:
-            summed = delta.new_zeros(len(rows), len(cols)).index_add_(1, position, delta)
-            where = rows[:, None], cols
+            named = own >= 0
+            distinct, position = own[named].unique(return_inverse=True)
+            summed = delta.new_zeros(len(rows), len(distinct)).index_add_(1, position, delta[:, named])
+            where = rows[:, None], distinct
             logits[where] = (logits[where].to(dtype) + summed).to(logits.dtype)
 
 
 def adapters(*arguments: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield each adapter's share of stacked tensors, and with it which rows are its own (None: all of them)."""
+    """Yield each adapter's share of stacked tensors, and with it which rows are its own (None: all of them).
+
+    Of stacked tensors those of one dimension, the columns, belong to all adapters.
+    """
     *tensors, adapter_id = arguments
     if tensors[0].dim() == 2:
         yield *tensors, None
         return
     for a in range(tensors[0].shape[0]):
-        yield *(None if t is None else t[a] for t in tensors), None if adapter_id is None else adapter_id == a
+        shares = (t if t is None or t.dim() == 1 else t[a] for t in tensors)
+        yield *shares, None if adapter_id is None else adapter_id == a
 
 
 def delta_logits(logits: Tensor, *arguments: Tensor | None) -> Tensor:

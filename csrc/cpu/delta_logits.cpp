@@ -1,27 +1,28 @@
-// logits[i, cols] += ((hidden_i - mean_a) U_a) V_a + bias_a, a = adapter_id[i], in place.
+// logits[i, cols_a] += ((hidden_i - mean_a) U_a) V_a + bias_a, a = adapter_id[i], in place.
 //
-// Rows are grouped by adapter and cut into blocks of at most kMr rows; a block is multiplied with U, then with V, in fp32.
-//   few rows   the threads share each block: depth blocks x column tiles of U, then column tiles of V, so that U and V are
-//              streamed once; partial sums are added in a fixed order, whatever the number of threads.
-//   many rows  U and V are packed once, then each thread takes whole blocks from hidden states to logits.
-// A change is summed in fp32 and added to its logit with one rounding, also where `cols` repeats a column.
+// Rows are grouped by adapter.
+//   few rows   the threads share each group: depth blocks of U by strips of its columns, then strips of V, both read once as
+//              they lie in memory (stream.h). Partial sums are added in a fixed order, whatever the number of threads.
+//   many rows  U and V are packed once, then each thread takes whole blocks of rows from hidden states to logits.
+// A change is summed in fp32 and added to its logit with one rounding, also where columns repeat. Few rows of bf16 with U and
+// V of bf16 are multiplied as pairs: hidden U - mean U with the mean as three bf16 that add up to it, and the product of
+// rank r as two, 16 of its 24 bits.
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "cpu/gemm.h"
-#include "cpu/tensor.h"
+#include "cpu/columns.h"
+#include "cpu/stream.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
 namespace {
 
-constexpr int64_t kColumnChunk = 2048;  // columns of a block's change kept at a time: 48 rows are 384 KiB
 constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packed panel
 constexpr int64_t kSum = 64;            // products per running sum: longer ones lose digits
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
+constexpr int64_t kFetchRows = 4;       // below it one pass over V is too short to fetch logits during it
+constexpr int64_t kMeanLines = 3;       // bf16 that add up to an fp32
 
 // Rows of activations as [chunk of kKc columns][row][kKc]: a stride known to the compiler saves an address per row.
 struct Rows {
@@ -30,48 +31,35 @@ struct Rows {
   float* at(int64_t row, int64_t column) const { return data + (column / kKc * rows + row) * kKc + column % kKc; }
 };
 
-enum class From { memory, memory_keep, panel };
-
-// out[i * ldo + j] (+)= sum_k a[i * kKc + k] b[k * ldb + j] for R rows and C vectors of columns. `memory_keep` also
-// leaves the columns, as fp32, in `kept`: the packed panel that the next block of rows reads.
-template <int R, int C, From from, class T>
-void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, float* out, int64_t ldo, bool accumulate, float* kept) {
+// out[i * ldo + j] (+)= sum_k a[i * kKc + k] b[k * kNr + j] for R rows and a panel of kNr columns.
+template <int R>
+void multiply(const float* a, const float* b, int64_t depth, float* out, int64_t ldo, bool accumulate) {
   for (int64_t start = 0; start < depth; start += kSum, accumulate = true) {
-    vf sum[R][C] = {};
-    for (int64_t k = start; k < std::min(depth, start + kSum); ++k, b += ldb) {
-      vf row[C];
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        row[c] = load(b + c * kLanes);
-        if (from != From::panel) __builtin_prefetch(b + 4 * ldb + c * kLanes);
-        if (from == From::memory_keep) store(kept + k * kNr + c * kLanes, row[c]);
-      }
+    vf sum[R][2] = {};
+    for (int64_t k = start; k < std::min(depth, start + kSum); ++k, b += kNr) {
+      vf left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sum[i][c] += a[i * kKc + k] * row[c];
+      for (int i = 0; i < R; ++i) {
+        sum[i][0] += a[i * kKc + k] * left;
+        sum[i][1] += a[i * kKc + k] * right;
+      }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
         float* to = out + i * ldo + c * kLanes;
         store(to, accumulate ? load(to) + sum[i][c] : sum[i][c]);
       }
   }
 }
 
-// Vectors per row that fill the accumulators of a micro-kernel with this many rows.
-constexpr int wide(int64_t rows) { return rows * 8 <= 2 * kMr ? 8 : rows * 4 <= 2 * kMr ? 4 : 2; }
-
-template <From from, class T, size_t... i>
+template <size_t... i>
 auto kernel_for(int64_t rows, std::index_sequence<i...>) {
-  using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, float*);
-  static constexpr Kernel table[] = {multiply<i + 1, from == From::memory ? wide(i + 1) : 2, from, T>...};
+  using Kernel = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
+  static constexpr Kernel table[] = {multiply<i + 1>...};
   return table[rows - 1];
 }
-template <From from, class T>
-auto kernel_for(int64_t rows) { return kernel_for<from, T>(rows, std::make_index_sequence<kMr>()); }
 
 // One adapter's U [width, rank] or V [rank, columns] as panels of kNr columns by at most kKc steps.
 struct Packed {
@@ -99,7 +87,10 @@ class Update {
     int64_t n = row_order.size();
     threads = n * rank * (width + columns) < kForkWork ? 1 : omp_get_max_threads();
     many = n >= std::max<int64_t>(128, 2 * kMr * threads);
-    check_columns();
+    if (columns)
+      for (size_t i = 0; i < (g.stride_cols ? groups.size() : 1); ++i)
+        changed.push_back({g.cols ? g.cols + (g.stride_cols ? groups[i].adapter * g.stride_cols : 0) : nullptr, columns,
+                           g.logits.cols, g.stride_cols != 0, many});
     bias.resize(groups.size() * columns);
     with_type(g.bias, [&](auto* from) {
       for (size_t i = 0; from && i < groups.size(); ++i)
@@ -118,11 +109,12 @@ class Update {
   const int64_t width, rank, columns;
   int threads = 1;
   bool many = false;
-  bool repeated = false;           // some column occurs twice in cols
   std::vector<int64_t> row_order;  // rows with an adapter, grouped by adapter
   std::vector<Group> groups;
-  std::vector<int32_t> col_order;  // ascending columns within each chunk; empty: as given
+  std::vector<Columns> changed;    // of each group, or the first's for all
   std::vector<float> bias;         // [groups, columns]
+
+  const Columns& columns_at(int64_t group) const { return changed[g.stride_cols ? group : 0]; }
 
   void group_rows() {
     int64_t n = g.logits.rows;
@@ -135,7 +127,7 @@ class Update {
     std::vector<int64_t> start(g.adapters + 1);
     for (int64_t i = 0; i < n; ++i) {
       int64_t id = g.adapter_id[i];
-      if (id < -1 || id >= g.adapters) fail("adapter_id", id, -1, g.adapters - 1);
+      if (id < -1 || id >= g.adapters) fail_id("adapter_id", id, -1, g.adapters - 1);
       if (id >= 0) ++start[id + 1];
     }
     for (int64_t a = 0; a < g.adapters; ++a) {
@@ -147,184 +139,162 @@ class Update {
       if (g.adapter_id[i] >= 0) row_order[start[g.adapter_id[i]]++] = i;
   }
 
-  // Checks every id before anything is written. Ascending order keeps the writes of many rows streaming.
-  void check_columns() {
-    if (!g.cols || columns == 0) return;
-    bool ascending = true;
-    for (int64_t j = 1; j < columns; ++j) ascending &= g.cols[j] > g.cols[j - 1];
-    int64_t low = g.cols[0], high = g.cols[columns - 1];
-    if (!ascending) {
-      auto found = std::minmax_element(g.cols, g.cols + columns);
-      low = *found.first, high = *found.second;
-    }
-    if (low < 0 || high >= g.logits.cols) fail("cols", low < 0 ? low : high, 0, g.logits.cols - 1);
-    if (ascending) return;
-    std::vector<bool> seen(g.logits.cols);
-    for (int64_t j = 0; j < columns && !repeated; ++j) {
-      repeated = seen[g.cols[j]];
-      seen[g.cols[j]] = true;
-    }
-    if (!repeated && !many) return;
-    col_order.resize(columns);
-    std::iota(col_order.begin(), col_order.end(), 0);
-    for (int64_t j = 0; j < columns; j += chunk())
-      std::stable_sort(col_order.begin() + j, col_order.begin() + std::min(j + chunk(), columns),
-                       [&](int32_t x, int32_t y) { return g.cols[x] < g.cols[y]; });
-  }
-
-  int64_t chunk() const { return repeated ? columns : kColumnChunk; }
-
-  [[noreturn]] static void fail(const char* name, int64_t id, int64_t low, int64_t high) {
-    throw std::out_of_range(std::string(name) + " holds " + std::to_string(id) + ": expected ids from " +
-                            std::to_string(low) + " to " + std::to_string(high));
-  }
-
-  // hidden - mean of one row in fp32.
-  void centre(int64_t adapter, int64_t row, Rows out, int64_t at) const {
+  // hidden - mean of one row in fp32, `count` values from `from` on.
+  void centre(int64_t adapter, int64_t row, int64_t from, int64_t count, float* to) const {
     with_type(g.hidden, [&](auto* hidden) {
       with_type(g.mean, [&](auto* mean) {
-        hidden += row * g.hidden.stride;
-        if (mean) mean += adapter * g.mean.stride;
-        for (int64_t from = 0; from < width; from += kKc) {
-          int64_t k = from, end = std::min(width, from + kKc);
-          float* to = out.at(at, from) - from;
-          for (; k + kLanes <= end; k += kLanes) store(to + k, mean ? load(hidden + k) - load(mean + k) : load(hidden + k));
-          for (; k < end; ++k) to[k] = to_float(hidden[k]) - (mean ? to_float(mean[k]) : 0);
-        }
+        hidden += row * g.hidden.stride + from;
+        if (mean) mean += adapter * g.mean.stride + from;
+        int64_t k = 0;
+        for (; k + kLanes <= count; k += kLanes) store(to + k, mean ? load(hidden + k) - load(mean + k) : load(hidden + k));
+        for (; k < count; ++k) to[k] = to_float(hidden[k]) - (mean ? to_float(mean[k]) : 0);
       });
     });
   }
 
-  // Adds change [rows, ldc] + bias to columns [from, from + count) of the logits of `rows` rows from `first` in the order.
-  void add(int64_t first, int64_t rows, int64_t group, int64_t from, int64_t count, const float* change, int64_t ldc) const {
-    with_type(g.logits, [&](auto* logits) {
-      const float* shift = bias.data() + group * columns + from;
-      for (int64_t i = 0; i < rows; ++i, change += ldc) {
-        auto* row = logits + row_order[first + i] * g.logits.stride;
-        if (!g.cols) add_all(row + from, count, change, shift);
-        else if (col_order.empty()) add_at(row, g.cols + from, count, change, shift);
-        else add_ordered(row, col_order.data() + from, from, count, change, shift);
-      }
-    });
+  void add(int64_t row, int64_t group, int64_t from, int64_t count, const float* change) const {
+    add_change(g.logits, row, columns_at(group), from, count, change, bias.data() + group * columns + from);
   }
 
-  template <class T>
-  static void add_all(T* row, int64_t count, const float* change, const float* shift) {
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) store_rounded(row + j, load(row + j) + (load(change + j) + load(shift + j)));
-    for (; j < count; ++j) from_float(to_float(row[j]) + (change[j] + shift[j]), row[j]);
+  // Lines of a group before U (hidden, and then the parts of the mean) and before V (the products of rank r).
+  int64_t mean_lines(bool pairs) const { return pairs && g.mean.data ? kMeanLines : 0; }
+
+  // Columns of a strip: few enough for its sums to stay in L1, and for each thread to have one.
+  int64_t strip(int64_t lines, int64_t count) const {
+    int64_t most = std::clamp<int64_t>(kStripSums / std::min(lines, kStripLines), 64, kStripWidth);
+    return round_up(std::min(most, ceil_div(count, threads)), 64);
   }
 
-  template <class T>
-  static void add_at(T* row, const int64_t* cols, int64_t count, const float* change, const float* shift) {
-    if constexpr (std::is_same_v<T, float>) {
-      for (int64_t j = 0; j < count; ++j) row[cols[j]] += change[j] + shift[j];
-      return;
+  // Lines [.., kKc or kKc / 2] of hidden states for steps [k, k + depth), filled up to whole steps.
+  void fill(bool pairs, const Group& group, int64_t k, int64_t depth, float* out, int64_t ld) const {
+    for (int64_t i = 0; i < group.rows + mean_lines(pairs); ++i) std::fill_n(out + i * ld, ld, 0.0f);
+    for (int64_t i = 0; i < group.rows; ++i) {
+      int64_t row = row_order[group.first + i];
+      if (pairs) std::memcpy(out + i * ld, static_cast<const bf16*>(g.hidden.data) + row * g.hidden.stride + k, 2 * depth);
+      else centre(group.adapter, row, k, depth, out + i * ld);
     }
-    constexpr int64_t kBatch = 8 * kLanes;  // gather, add and scatter apart, so that the rounding runs on vectors
-    float old[kBatch];
-    T fresh[kBatch];
-    for (; count > 0; cols += kBatch, change += kBatch, shift += kBatch, count -= kBatch) {
-      int64_t here = std::min(kBatch, count), j = 0;
-      for (j = 0; j < here; ++j) old[j] = to_float(row[cols[j]]);
-      for (j = 0; j + kLanes <= here; j += kLanes) store_rounded(fresh + j, load(old + j) + (load(change + j) + load(shift + j)));
-      for (; j < here; ++j) from_float(old[j] + (change[j] + shift[j]), fresh[j]);
-      for (j = 0; j < here; ++j) row[cols[j]] = fresh[j];
-    }
-  }
-
-  // Sums the changes of equal columns, which `order` makes neighbours, before the one rounding.
-  template <class T>
-  void add_ordered(T* row, const int32_t* order, int64_t from, int64_t count, const float* change, const float* shift) const {
-    for (int64_t j = 0; j < count;) {
-      int64_t column = g.cols[order[j]];
-      float total = 0;
-      for (; j < count && g.cols[order[j]] == column; ++j) total += change[order[j] - from] + shift[order[j] - from];
-      from_float(to_float(row[column]) + total, row[column]);
-    }
-  }
-
-  int64_t tile_width(const Group& group) const { return (group.rows <= kMr ? wide(group.rows) : 2) * kLanes; }
-
-  // out [rows of the group, ldo] (+)= a b for one tile of columns from j of b [depth, limit]: one block reads b from memory
-  // and, if there are more blocks, leaves a panel for them.
-  void tile(const Group& group, Rows a, int64_t k, const Matrix& m, int64_t offset, int64_t j, float* out, int64_t ldo,
-            bool accumulate) const {
-    int64_t depth = std::min(kKc, m.rows - k), blocks = ceil_div(group.rows, kMr), count = m.cols - j;
-    alignas(64) float panel[kKc * kNr];
-    with_type(m, [&](auto* b) {
-      using T = std::remove_pointer_t<decltype(b)>;
-      b += offset + k * m.stride + j;
-      if (blocks == 1 && count >= tile_width(group)) {
-        kernel_for<From::memory, T>(group.rows)(a.at(group.first, k), b, m.stride, depth, out, ldo, accumulate, nullptr);
-        return;
-      }
-      for (int64_t end = std::min(count, tile_width(group)), part = 0; part < end; part += kNr)
-        for (int64_t block = 0; block < blocks; ++block) {
-          int64_t first = group.rows * block / blocks, rows = group.rows * (block + 1) / blocks - first;
-          const float* from = a.at(group.first + first, k);
-          float* to = out + first * ldo + part;
-          if (block == 0 && count - part >= kNr) {
-            kernel_for<From::memory_keep, T>(rows)(from, b + part, m.stride, depth, to, ldo, accumulate, panel);
-            continue;
+    if (mean_lines(pairs))
+      with_type(g.mean, [&](auto* mean) {
+        bf16* to = reinterpret_cast<bf16*>(out + group.rows * ld);
+        for (int64_t j = 0; j < depth; ++j) {
+          float rest = to_float(mean[group.adapter * g.mean.stride + k + j]);
+          for (bf16* part = to + j; part < to + kMeanLines * 2 * ld; part += 2 * ld) {
+            from_float(rest, *part);
+            rest -= to_float(*part);
           }
-          if (block == 0) pack<kNr>(Operand<T>{b + part, 1, m.stride}, count - part, depth, panel);
-          kernel_for<From::panel, float>(rows)(from, panel, kNr, depth, to, ldo, accumulate, nullptr);
         }
-    });
+      });
   }
 
   void few_rows() {
-    int64_t n = row_order.size(), depths = ceil_div(width, kKc), ranks = ceil_div(rank, kKc);
-    int64_t ldp = round_up(rank, 8 * kLanes), ldc = round_up(columns, 8 * kLanes);
-    struct Task { int64_t group, k, j; };
+    bool pairs = g.hidden.dtype == DType::bf16 && g.U.dtype == DType::bf16 && g.V.dtype == DType::bf16 && has_bf16_products();
+    int64_t n = row_order.size(), fold = pairs ? 2 : 1, extra = mean_lines(pairs), ld = pairs ? kKc / 2 : kKc;
+    int64_t ldp = round_up(rank, kLanes), ldr = round_up(rank, kLanes) / fold, lines = n + groups.size() * extra;
+    int64_t most = 0, most_sums = 0, ldc = round_up(columns, kLanes);
+    bool whole = false;
+    int64_t steps = ceil_div(rank, fold * kSteps);
+    struct Task { int64_t group, k, j, count; };
     std::vector<Task> down, up;
-    for (int64_t group = 0; group < int64_t(groups.size()); ++group) {
+    for (int64_t i = 0; i < int64_t(groups.size()); ++i) {
+      int64_t across = strip(groups[i].rows + extra, rank), count = columns_at(i).count;
+      most = std::max(most, groups[i].rows + extra);
+      whole |= columns_at(i).whole;
       for (int64_t k = 0; k < width; k += kKc)
-        for (int64_t j = 0; j < rank; j += tile_width(groups[group])) down.push_back({group, k, j});
-      for (int64_t j = 0; j < columns; j += tile_width(groups[group])) up.push_back({group, 0, j});
+        for (int64_t j = 0; j < rank; j += across) down.push_back({i, k, j, std::min(across, rank - j)});
+      across = strip(fold * groups[i].rows, count);
+      most_sums = std::max(most_sums, fold * groups[i].rows * across);
+      for (int64_t j = 0; j < count; j += across) up.push_back({i, 0, j, std::min(across, count - j)});
     }
-    Buffer centred(n * depths * kKc), partial(n * depths * ldp), change(repeated ? n * ldc : 0);
-    Rows hidden{centred.get(), n};
-    const Matrix u{g.U.data, width, rank, g.U.stride, g.U.dtype}, v{g.V.data, rank, columns, g.V.stride, g.V.dtype};
+    Buffer partial(ceil_div(width, kKc) * lines * ldp), change(whole ? n * ldc : 0);
 #pragma omp parallel num_threads(threads)
     {
-      Buffer own(n * ranks * kKc), local(repeated ? 0 : n * 8 * kLanes);
-      Rows low{own.get(), n};
-#pragma omp for
-      for (int64_t i = 0; i < n; ++i) centre(group_of(i).adapter, row_order[i], hidden, i);
+      Buffer hidden(most * ld), low(fold * n * ldr), sums(most_sums);
+      std::vector<int64_t> ahead;
 #pragma omp for
       for (size_t t = 0; t < down.size(); ++t) {
-        auto [group, k, j] = down[t];
-        float* out = partial.get() + (k / kKc * n + groups[group].first) * ldp + j;
-        tile(groups[group], hidden, k, u, groups[group].adapter * g.stride_U, j, out, ldp, false);
+        auto [i, k, j, count] = down[t];
+        const Group& group = groups[i];
+        int64_t depth = std::min(kKc, width - k), first = group.first + i * extra;
+        float* out = partial.get() + (k / kKc * lines + first) * ldp + j;
+        for (int64_t line = 0; line < group.rows + extra; ++line) std::fill_n(out + line * ldp, round_up(count, kLanes), 0.0f);
+        fill(pairs, group, k, depth, hidden.get(), ld);
+        with_type(g.U, [&](auto* U) {
+          U += group.adapter * g.stride_U + k * g.U.stride + j;
+          stream(pairs, hidden.get(), ld, group.rows + extra, U, g.U.stride, depth, count, out, ldp, [](int64_t) {});
+        });
       }
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < rank; j += kLanes) {
-          vf total = {};
-          for (int64_t d = 0; d < depths; ++d) total += load(partial.get() + (d * n + i) * ldp + j);
-          store(low.at(i, j), total);
-        }
+      for (size_t i = 0; i < groups.size(); ++i) total(pairs, i, partial.get(), lines, ldp, low.get(), ldr);
 #pragma omp for
       for (size_t t = 0; t < up.size(); ++t) {
-        const Group& group = groups[up[t].group];
-        int64_t j = up[t].j, wide = tile_width(group), ldo = repeated ? ldc : wide;
-        float* out = repeated ? change.get() + group.first * ldc + j : local.get();
-        if (rank == 0)
-          for (int64_t i = 0; i < group.rows; ++i) std::fill_n(out + i * ldo, wide, 0.0f);
-        for (int64_t k = 0; k < rank; k += kKc) tile(group, low, k, v, group.adapter * g.stride_V, j, out, ldo, k > 0);
-        if (!repeated)
-          add(group.first, group.rows, up[t].group, j, std::min(wide, columns - j), out, ldo);
+        auto [i, k, j, count] = up[t];
+        const Group& group = groups[i];
+        int64_t ldy = round_up(count, kLanes);
+        std::fill_n(sums.get(), fold * group.rows * ldy, 0.0f);
+        ahead.clear();
+        if (group.rows >= kFetchRows) columns_at(i).cache_lines(j, count, g.logits.dtype == DType::fp32 ? 16 : 32, ahead);
+        with_type(g.V, [&](auto* V) {
+          V += group.adapter * g.stride_V + j;
+          stream(pairs, low.get() + fold * group.first * ldr, ldr, fold * group.rows, V, g.V.stride, rank, count, sums.get(), ldy,
+                 [&, next = int64_t(0)](int64_t step) mutable { next = fetch(ahead, group, next, steps - step); });
+        });
+        for (int64_t row = 0; row < group.rows; ++row) {
+          float* y = sums.get() + fold * row * ldy;
+          for (int64_t c = 0; pairs && c < ldy; c += kLanes) store(y + c, load(y + c) + load(y + ldy + c));
+          if (columns_at(i).whole) std::copy_n(y, count, change.get() + (group.first + row) * ldc + j);
+          else add(row_order[group.first + row], i, j, count, y);
+        }
       }
-      if (repeated) {
+      if (whole) {
 #pragma omp for
-        for (int64_t i = 0; i < n; ++i) add(i, 1, &group_of(i) - groups.data(), 0, columns, change.get() + i * ldc, ldc);
+        for (size_t i = 0; i < groups.size(); ++i)
+          for (int64_t row = groups[i].first; columns_at(i).whole && row < groups[i].first + groups[i].rows; ++row)
+            add(row_order[row], i, 0, columns, change.get() + row * ldc);
       }
     }
   }
 
-  const Group& group_of(int64_t i) const {
-    return *std::prev(std::upper_bound(groups.begin(), groups.end(), i, [](int64_t x, const Group& y) { return x < y.first; }));
+  // Fetches a part of these columns' logits, all that is left in `calls` calls; returns where the next part begins.
+  int64_t fetch(const std::vector<int64_t>& cols, const Group& group, int64_t next, int64_t calls) const {
+    int64_t wide = cols.size(), last = next + ceil_div(group.rows * wide - next, std::max<int64_t>(calls, 1));
+    with_type(g.logits, [&](auto* logits) {
+      while (next < last) {
+        auto* row = logits + row_order[group.first + next / wide] * g.logits.stride;
+        int64_t j = next % wide, end = std::min(wide, j + last - next);
+        next += end - j;
+        for (; j < end; ++j) __builtin_prefetch(row + cols[j], 1);
+      }
+    });
+    return next;
+  }
+
+  // The products of rank r of a group's rows, [rows, ldr] fp32 or [rows, 2, ldr] pairs: what the depth blocks add up to, less
+  // the mean's share.
+  void total(bool pairs, int64_t i, const float* partial, int64_t lines, int64_t ldp, float* low, int64_t ldr) const {
+    const Group& group = groups[i];
+    int64_t extra = mean_lines(pairs), fold = pairs ? 2 : 1, depths = ceil_div(width, kKc);
+    partial += (group.first + i * extra) * ldp;
+    low += fold * group.first * ldr;
+    auto line = [&](int64_t row, int64_t j) {
+      vf sum = {};
+      for (int64_t d = 0; d < depths; ++d) sum += load(partial + (d * lines + row) * ldp + j);
+      return sum;
+    };
+    for (int64_t j = 0; j < rank; j += kLanes) {
+      vf mean = {};
+      for (int64_t part = 0; part < extra; ++part) mean += line(group.rows + part, j);
+      for (int64_t row = 0; row < group.rows; ++row) {
+        vf sum = line(row, j) - mean;
+        for (int64_t c = rank - j; c < kLanes; ++c) sum[c] = 0;
+        if (!pairs) {
+          store(low + row * ldr + j, sum);
+          continue;
+        }
+        bf16* to = reinterpret_cast<bf16*>(low + 2 * row * ldr) + j;
+        store_rounded(to, sum);
+        vf rest = sum - load(to);
+        store_rounded(to + 2 * ldr, rest - rest == 0 ? rest : vf{});  // nothing is left of an infinity
+      }
+    }
   }
 
   void many_rows() {
@@ -348,23 +318,27 @@ class Update {
         if (p < panels_u) packed_u(group).pack_columns(g.U, adapter * g.stride_U, p * kNr);
         else packed_v(group).pack_columns(g.V, adapter * g.stride_V, (p - panels_u) * kNr);
       }
-      int64_t most = kRowBlocks * kMr, ldc = round_up(std::min(chunk(), columns), kNr);
+      int64_t most = kRowBlocks * kMr, ldc = 0;
+      for (const Columns& c : changed) ldc = std::max(ldc, round_up(std::min(c.chunk(), columns), kNr));
       Buffer centred(most * round_up(width, kKc)), own(most * round_up(rank, kKc)), change(most * ldc);
 #pragma omp for schedule(dynamic)
       for (size_t t = 0; t < blocks.size(); ++t) {
         auto [group, first, rows] = blocks[t];
         Packed u = packed_u(group), v = packed_v(group);
         Rows hidden{centred.get(), rows}, low{own.get(), rows};
-        for (int64_t i = 0; i < rows; ++i) centre(groups[group].adapter, row_order[first + i], hidden, i);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t k = 0; k < width; k += kKc)
+            centre(groups[group].adapter, row_order[first + i], k, std::min(kKc, width - k), hidden.at(i, k));
         if (width == 0) std::fill_n(own.get(), most * round_up(rank, kKc), 0.0f);
         for (int64_t k = 0; k < width; k += kKc)
           for (int64_t j = 0; j < rank; j += kNr) block_product(hidden, k, u, j, low.at(0, j), kKc, k > 0);
-        for (int64_t from = 0; from < columns; from += chunk()) {
-          int64_t count = std::min(chunk(), columns - from);
+        const Columns& c = columns_at(group);
+        for (int64_t from = 0; from < c.count; from += c.chunk()) {
+          int64_t count = std::min(c.chunk(), c.count - from);
           if (rank == 0) std::fill_n(change.get(), most * ldc, 0.0f);
           for (int64_t j = 0; j < count; j += kNr)
             for (int64_t k = 0; k < rank; k += kKc) block_product(low, k, v, from + j, change.get() + j, ldc, k > 0);
-          add(first, rows, group, from, count, change.get(), ldc);
+          for (int64_t i = 0; i < rows; ++i) add(row_order[first + i], group, from, count, change.get() + i * ldc);
         }
       }
     }
@@ -372,8 +346,8 @@ class Update {
 
   static void block_product(Rows a, int64_t k, Packed b, int64_t j, float* out, int64_t ldo, bool accumulate) {
     for (int64_t i = 0; i < a.rows; i += kMr)
-      kernel_for<From::panel, float>(std::min<int64_t>(kMr, a.rows - i))(
-          a.at(i, k), b.panel(k, j), kNr, std::min(kKc, b.rows - k), out + i * ldo, ldo, accumulate, nullptr);
+      kernel_for(std::min<int64_t>(kMr, a.rows - i), std::make_index_sequence<kMr>())(
+          a.at(i, k), b.panel(k, j), std::min(kKc, b.rows - k), out + i * ldo, ldo, accumulate);
   }
 };
 

@@ -14,10 +14,11 @@ struct Matrix {
   DType dtype = DType::fp32;
 };
 
-// U [A, D, r] and V [A, r, K] are the first adapter's matrix and the step, in elements, to the next one's.
+// U [A, D, r], V [A, r, K] and cols [A, K] are the first adapter's and the step, in elements, to the next one's; for cols 0
+// where all have the same.
 struct DeltaLogits {
   Matrix logits, hidden, U, V, bias, mean;
-  int64_t adapters, stride_U, stride_V;
+  int64_t adapters, stride_U, stride_V, stride_cols;
   const int64_t *cols, *adapter_id;  // either may be null
 };
 
