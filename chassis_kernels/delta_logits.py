@@ -79,7 +79,8 @@ def stack_adapters(
 ) -> dict[str, Tensor | None]:
     """Adapters of different ranks and columns as the stacked tensors that `delta_logits_` takes: {U, V, bias, mean, cols}.
 
-    Shorter ones are filled up with zeros, lists of columns with -1, which changes no result. Raises ValueError for lists of
+    Shorter ones are filled up with zeros, lists of columns with -1, which changes no result. A list of
+    columns that all share stays one list [K]. Raises ValueError for lists of
     different lengths.
     """
     lengths = {len(each) for each in (U, V, bias, mean, cols) if each is not None}
@@ -89,7 +90,8 @@ def stack_adapters(
     if cols is not None or any(v.shape[1] != columns for v in V):
         own = [None] * len(V) if cols is None else cols
         own = [torch.arange(v.shape[1], device=v.device) if c is None else c for v, c in zip(V, own, strict=True)]
-        cols = torch.stack([pad(c, (0, columns - len(c)), value=-1) for c in own])
+        shared = all(torch.equal(c, own[0]) for c in own)
+        cols = own[0] if shared else torch.stack([pad(c, (0, columns - len(c)), value=-1) for c in own])
     return {
         "U": torch.stack([pad(u, (0, rank - u.shape[1])) for u in U]),
         "V": torch.stack([pad(v, (0, columns - v.shape[1], 0, rank - v.shape[0])) for v in V]),

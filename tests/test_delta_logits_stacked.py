@@ -97,6 +97,13 @@ def test_opcheck_with_own_columns(backend):
         torch.library.opcheck(torch.ops.chassis.delta_logits.default, tuple(leaves))
 
 
+def test_columns_that_all_share_stay_one_list():
+    lists, _ = stack()
+    lists["cols"] = [torch.arange(4, 8)] * 3
+    lists |= {"V": [v[:, :4] for v in lists["V"]], "bias": [c[:4] for c in lists["bias"]]}
+    assert torch.equal(stack_adapters(**lists)["cols"], torch.arange(4, 8))
+
+
 def test_lists_of_different_lengths_are_refused():
     lists, _ = stack()
     lists["bias"].pop()
