@@ -22,7 +22,7 @@ from chassis.text.token_bytes import Encoded, TokenBytes
 from chassis_kernels import BridgeTable
 
 MIN_BYTES = 10_000
-BATCH = 64  # texts encoded at once
+BATCH = 64  # texts encoded, and counted, at once
 MERGE_AT = 4_000_000  # places waiting to be counted
 
 
@@ -36,7 +36,7 @@ class Counts:
         self._n_waiting = 0
 
     def add(self, expert: Encoded, base: Encoded, is_text: np.ndarray) -> None:
-        """Count one text in both tokenizations; `is_text` [V_E] are the expert tokens whose bytes are known."""
+        """Count a text in both tokenizations; `is_text` [V_E] are the expert tokens whose bytes are known."""
         begins = np.concatenate([[0], base.ends[:-1]])
         holder = np.searchsorted(expert.ends, begins, side="right")
         tokens = expert.ids[holder]
@@ -90,11 +90,18 @@ def count(expert: TokenBytes, base: TokenBytes, leaves: Leaves, texts: Iterable[
 
 
 def encode_both(expert: TokenBytes, base: TokenBytes, texts: Iterable[str]) -> Iterator[tuple[Encoded, Encoded]]:
-    """Each text in both tokenizations, over one and the same bytes."""
+    """The texts in both tokenizations, over one and the same bytes; BATCH of them at a time, one after the other."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, BATCH)):
         batch = [joint_text(expert, base, text) for text in batch]
-        yield from zip(expert.encode_batch(batch), base.encode_batch(batch), strict=True)
+        yield _joined(expert.encode_batch(batch)), _joined(base.encode_batch(batch))
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    data = b"".join(part.data for part in parts)
+    begin = np.cumsum([0, *(len(part.data) for part in parts[:-1])])
+    ends = np.concatenate([part.ends for part in parts]) + np.repeat(begin, [len(part) for part in parts])
+    return Encoded(np.concatenate([part.ids for part in parts]), ends, data)
 
 
 def joint_text(expert: TokenBytes, base: TokenBytes, text: str) -> str:
