@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from chassis.bridge.merges import Merges
-from chassis.bridge.pretokens import BROKEN, FOLLOWING, JOINED, PreTokens
+from chassis.bridge.pretokens import FOLLOWING, PreTokens
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BlockedTokens
 
@@ -41,24 +41,29 @@ class CanonicalMask:
         self._inside = np.array([bool(data) and data[0] in CONTINUATION for data in tokens.bytes])
         self._merges = Merges.read(tokens) if by_merges else None
         self._pretokens = PreTokens(tokens, self.texts) if self._merges else None
-        self._known: dict[int, np.ndarray] = {}
+        self._known: dict[int, np.ndarray] = {}  # packed: most tokens are blocked after most tokens
 
     def blocked_after(self, previous: int) -> np.ndarray:
-        """Ids [n] int32 of the text tokens that cannot follow token `previous`."""
-        if previous not in self._known:
-            blocked = self._blocked(previous) & self.tokens.is_text
-            self._known[previous] = np.flatnonzero(blocked).astype(np.int32)
-        return self._known[previous]
+        """Ids [n] of the text tokens that cannot follow token `previous`."""
+        return np.flatnonzero(self.rows([previous])[0])
+
+    def rows(self, previous: Sequence[int]) -> np.ndarray:
+        """Whether each token cannot follow each of `previous` [n], bool [n, V]."""
+        for index in previous:
+            if index not in self._known:
+                self._known[index] = np.packbits(self._blocked(index) & self.tokens.is_text)
+        packed = np.array([self._known[index] for index in previous])
+        return np.unpackbits(packed, axis=1, count=self.tokens.width).view(bool)
 
     def lists(self, previous: Sequence[int]) -> tuple[BlockedTokens, torch.Tensor]:
         """Blocked lists of the tokens in `previous` and which of them each has, [n] int64; -1 (nothing before): none."""
         needed = {index: place for place, index in enumerate(dict.fromkeys(p for p in previous if p >= 0))}
-        parts = [self.blocked_after(index) for index in needed]
+        parts = [self.blocked_after(index).astype(np.int32) for index in needed]
         start = torch.zeros(len(parts) + 1, dtype=torch.int64)
         start[1:] = torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0)
-        joined = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        tokens = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
         places = torch.tensor([needed.get(index, -1) for index in previous], dtype=torch.int64)
-        return BlockedTokens(start, torch.from_numpy(joined), self.tokens.width), places
+        return BlockedTokens(start, torch.from_numpy(tokens), self.tokens.width), places
 
     def _blocked(self, previous: int) -> np.ndarray:
         data = self.tokens.bytes[previous]
@@ -73,11 +78,8 @@ class CanonicalMask:
         blocked = self._inside | (self.whole & ~self.alone)
         if self._merges is None:
             return blocked | self._by_encoding(previous)
-        joins = self._merges.would_join(previous)
-        possible = np.zeros(self.tokens.width, dtype=bool)
-        for outcome in self._pretokens.outcomes(previous):
-            possible |= (outcome != BROKEN) & ~((outcome == JOINED) & joins)
-        return blocked | (self.whole & ~possible)
+        split, joined = self._pretokens.after(previous)
+        return blocked | (self.whole & ~split & (~joined | self._merges.would_join(previous)))
 
     def _by_encoding(self, previous: int) -> np.ndarray:
         """The definition: encode every pair, with every following character."""

@@ -1,4 +1,10 @@
-"""The merges of a BPE model as arrays, and whether BPE would join two tokens that stand side by side."""
+"""The merges of a BPE model as arrays, and whether BPE would join two tokens that stand side by side.
+
+Token b is taken apart from its left end, `previous` from its right end, the merge of highest rank first: x are the right
+ends of `previous`, outermost first, y the left ends of b. Ranks fall along both, so that x_i and y_j face each other iff
+x_{i-1} is taken apart before y_j and y_{j-1} before x_i, and BPE joins them iff their merge comes before that of the piece
+taken apart last. All of this is known from x_i, y_j and y_{j-1}: one look at each merge of an x_i tells all tokens b.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +24,16 @@ class Merges:
         self.left, self.right = np.full(n_tokens, -1, dtype=np.int64), np.full(n_tokens, -1, dtype=np.int64)
         order = np.arange(len(pairs))[::-1]  # of several merges that make a token the first one counts
         self.rank[made[order]], self.left[made[order]], self.right[made[order]] = order, pairs[order, 0], pairs[order, 1]
-        keys = pairs[:, 0] * n_tokens + pairs[:, 1]
-        self._keys, first = np.unique(keys, return_index=True)
-        self._ranks = first.astype(np.int64)
-        by_left = np.argsort(pairs[:, 0], kind="stable")
-        self._partners = pairs[by_left, 1]
-        self._partner_start = np.searchsorted(pairs[by_left, 0], np.arange(n_tokens + 1))
-        self._begins_with = self._beginnings()
+        keys, first = np.unique(pairs[:, 0] * n_tokens + pairs[:, 1], return_index=True)
+        self._partner, self._pair_rank = keys % n_tokens, first  # the merges in order of their left pieces
+        self._partners = np.searchsorted(keys, np.arange(n_tokens + 1) * n_tokens)
+        self._child = np.argsort(self.left, kind="stable")  # tokens in order of their left pieces
+        self._children = np.searchsorted(self.left[self._child], np.arange(n_tokens + 1))
+        self._levels = []  # tokens that begin with those of the level before
+        level = np.flatnonzero(self.left < 0)
+        while len(level):
+            level = self._child[_ranges(self._children, level)[0]]
+            self._levels.append((level, self.left[level]))
 
     @classmethod
     def read(cls, tokens: TokenBytes) -> Merges | None:
@@ -48,53 +57,25 @@ class Merges:
 
     def would_join(self, previous: int) -> np.ndarray:
         """[V] bool: tokens b for which BPE, given the pieces of `previous` and b in one word, does not end in the two."""
-        candidates, piece = [], previous
-        while piece >= 0:
-            for partner in self._partners[self._partner_start[piece] : self._partner_start[piece + 1]].tolist():
-                candidates.append(self._begins_with[1][self._begins_with[0][partner] : self._begins_with[0][partner + 1]])
-            piece = self.right[piece]
-        joins = np.zeros(self.n, dtype=bool)
-        if candidates:
-            tried = np.unique(np.concatenate(candidates))
-            joins[tried] = self._joins(previous, tried)
-        return joins
+        direct, through = np.zeros(self.n, dtype=bool), np.zeros(self.n, dtype=bool)
+        x, before = previous, NEVER  # the rank of x_{i-1}
+        while x >= 0:
+            merges = slice(self._partners[x], self._partners[x + 1])
+            y, rank = self._partner[merges], self._pair_rank[merges]
+            meet = (rank < before) & (self.rank[y] < before)
+            y, rank = y[meet], rank[meet]
+            direct[y] = True
+            places, of = _ranges(self._children, y)
+            above = self._child[places]
+            through[above[self.rank[above] >= np.maximum(rank[of], self.rank[x])]] = True
+            x, before = self.right[x], self.rank[x]
+        for tokens, left in self._levels:
+            through[tokens] |= through[left]
+        return direct | through
 
-    def _joins(self, previous: int, tokens: np.ndarray) -> np.ndarray:
-        x, y = np.full(len(tokens), previous, dtype=np.int64), tokens.copy()
-        limit = np.full(len(tokens), NEVER)
-        joins = np.zeros(len(tokens), dtype=bool)
-        alive = np.arange(len(tokens))
-        while len(alive):
-            rank = self._rank_of(x[alive], y[alive])
-            joins[alive] = rank < limit[alive]
-            alive = alive[rank >= limit[alive]]
-            later = self.rank[x[alive]] > self.rank[y[alive]]
-            ended = np.maximum(self.rank[x[alive]], self.rank[y[alive]]) < 0
-            # Of equal ranks the leftmost merge goes first: the pair that meets comes after one in x, before one in y.
-            limit[alive] = np.where(later, self.rank[x[alive]], self.rank[y[alive]] + 1)
-            x[alive], y[alive] = (
-                np.where(later, self.right[x[alive]], x[alive]),
-                np.where(later, y[alive], self.left[y[alive]]),
-            )
-            alive = alive[~ended]
-        return joins
 
-    def _rank_of(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        if not len(self._keys):
-            return np.full(len(x), NEVER)
-        keys = x * self.n + y
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[place] == keys, self._ranks[place], NEVER)
-
-    def _beginnings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens by what they begin with: list p is tokens[start[p]:start[p + 1]]."""
-        pieces, tokens = [], []
-        piece, token = np.arange(self.n), np.arange(self.n)
-        while len(piece):
-            pieces.append(piece)
-            tokens.append(token)
-            piece = self.left[piece]
-            token, piece = token[piece >= 0], piece[piece >= 0]
-        pieces, tokens = np.concatenate(pieces), np.concatenate(tokens)
-        order = np.argsort(pieces, kind="stable")
-        return np.searchsorted(pieces[order], np.arange(self.n + 1)), tokens[order]
+def _ranges(start: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places start[w]:start[w + 1] of every w in `which`, one after the other, and the number of their w."""
+    sizes = start[which + 1] - start[which]
+    of = np.repeat(np.arange(len(which)), sizes)
+    return np.arange(len(of)) - (sizes.cumsum() - sizes - start[which])[of], of

@@ -77,7 +77,7 @@ class UnderWay:
         if key not in self._known:
             tokens, rows = self.leaves.under_way(begun)
             if last >= 0 and len(tokens):
-                kept = ~np.isin(tokens, self.mask.blocked_after(last))
+                kept = ~self.mask.rows([last])[0][tokens]
                 tokens, rows = tokens[kept], rows[kept]
             self._known[key] = tokens, rows
         return self._known[key]

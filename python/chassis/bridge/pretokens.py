@@ -2,11 +2,18 @@
 
 Patterns split by kind of character, so that tokens are grouped by the kinds of their characters, runs of more than three
 letters shortened, and one token of each group is tried. Letters after an apostrophe, which patterns name one by one, stay.
+
+What comes before matters less: a pattern knows a dozen states in which a token may end, which the outcomes of a few short
+tokens behind it tell apart. All groups are tried behind one token of each state.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import unicodedata
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -15,53 +22,87 @@ from chassis.text.token_bytes import TokenBytes
 JOINED, SPLIT, BROKEN = 0, 1, 2  # one pre-token; two, between the tokens; a split inside one of the tokens
 APOSTROPHES = "'’"
 CONTRACTED = ("s", "t", "re", "ve", "m", "ll", "d")
+SHORT = re.compile(r"[a-zA-Z0-9\s]*", re.ASCII)
+HEAD = re.compile(r"[a-zA-ZÀ-ɏ]{0,3}")
+RUNS = re.compile(r"(a|A)\1{3,}")
 FOLLOWING = ("", "\ua66e", "\u0ce9", "\ufffc")  # what may come after the two: nothing, a letter, a digit, a sign, all rare
 
 
 class PreTokens:
-    """`outcomes(previous)` [surroundings, V] int8: JOINED, SPLIT or BROKEN for every token after `previous`."""
+    """`after(previous)`: how every token may be split from `previous`, whatever stands around the two."""
 
     def __init__(self, tokens: TokenBytes, texts: list[str | None]) -> None:
         self.texts = texts
         self._normalizer, self._pre = tokens.plain.normalizer, tokens.plain.pre_tokenizer
-        self._groups = {exact: self._group(exact) for exact in (False, True)}
-        self._known: dict[tuple[str, bool], np.ndarray] = {}
+        self._whole = np.array([text is not None for text in texts])
+        self._known = [text for text in texts if text is not None]
+        self._group, self._members = _grouped(map(kinds, self._known), self._known)
+        self._kinds: dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]] = {}
+        self._classes: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
-    def outcomes(self, previous: int) -> np.ndarray:
+    def after(self, previous: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [V] bool that the pre-tokenizer, in some surroundings, splits off `previous`, and that it leaves joined."""
         text = self.texts[previous]
         exact = any(mark in text[-3:] for mark in APOSTROPHES)
-        group, members = self._groups[exact]
         key = kinds(text, exact=exact) + "".join(_before(text)), exact
-        if key not in self._known:
-            tried = [(before, after) for before in _before(text) for after in FOLLOWING]
-            found = [[*(self._try(b, text, member, a) for member in members), JOINED] for b, a in tried]
-            self._known[key] = np.array(found, dtype=np.int8)
-        return self._known[key][:, group]
+        if key not in self._kinds:
+            probes = [*self._probes, *(head for head in self._heads[1] if exact and len(head) <= 2)]
+            seen = self._outcomes(text, probes).tobytes() + bytes([exact])
+            if seen not in self._classes:
+                self._classes[seen] = self._all_outcomes(text, exact)
+            self._kinds[key] = self._classes[seen]
+        return self._kinds[key]
 
-    def _group(self, exact: bool) -> tuple[np.ndarray, list[str]]:
-        """Group number of every token (-1: not text) and a member of each group."""
-        seen: dict[str, int] = {}
-        members: list[str] = []
-        group = np.full(len(self.texts), -1, dtype=np.int64)
-        for index, text in enumerate(self.texts):
-            if text is not None:
-                key = (text[:3] if exact else "") + kinds(text)
-                if key not in seen:
-                    seen[key] = len(members)
-                    members.append(text)
-                group[index] = seen[key]
-        return group, members
+    @cached_property
+    def _probes(self) -> list[str]:
+        """What tells apart the tokens before it: single characters, and up to three letters, digits and spaces of ASCII."""
+        return [m for m in self._members if len(m) == 1 or len(m) <= 3 and SHORT.fullmatch(m)]
 
-    def _try(self, before: str, left: str, right: str, after: str) -> int:
+    @cached_property
+    def _heads(self) -> tuple[np.ndarray, list[str]]:
+        """The letters, three at most, that a token begins with: the number of each token's, and all there are."""
+        heads = [HEAD.match(text)[0] for text in self._known]
+        return _grouped(heads, heads)
+
+    def _all_outcomes(self, left: str, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        group, members = self._group, self._members
+        if exact:  # behind an apostrophe it matters with which letters a token begins
+            head, heads = self._heads
+            after_letters = self._outcomes(left, heads, FOLLOWING[:2]).T[head]
+            group, members = _grouped(zip(group.tolist(), map(bytes, after_letters), strict=True), self._known)
+        found = self._outcomes(left, members)
+        split, joined = np.zeros((2, len(self.texts)), dtype=bool)
+        split[self._whole], joined[self._whole] = (found == SPLIT).any(0)[group], (found == JOINED).any(0)[group]
+        return split, joined
+
+    def _outcomes(self, left: str, rights: list[str], following: Sequence[str] = FOLLOWING) -> np.ndarray:
+        """JOINED, SPLIT or BROKEN [surroundings, rights] int8."""
+        around = list(itertools.product(_before(left), following))
         if self._pre is None:
-            return JOINED
+            return np.full((len(around), len(rights)), JOINED, dtype=np.int8)
         normal = (lambda t: t) if self._normalizer is None else self._normalizer.normalize_str
-        begin, middle, end = len(normal(before)), len(normal(before + left)), len(normal(before + left + right))
-        splits = self._pre.pre_tokenize_str(normal(before + left + right + after))
-        begins = {place for _, (place, _) in splits if begin < place < end}
-        if not begins:
-            return JOINED
-        return SPLIT if begins == {middle} else BROKEN
+        found = []
+        for before, after in around:
+            begin, middle = len(normal(before)), len(normal(before + left))
+            for right in rights:
+                end = len(normal(before + left + right))
+                splits = self._pre.pre_tokenize_str(normal(before + left + right + after))
+                begins = {place for _, (place, _) in splits if begin < place < end}
+                found.append(JOINED if not begins else SPLIT if begins == {middle} else BROKEN)
+        return np.array(found, dtype=np.int8).reshape(len(around), len(rights))
+
+
+def _grouped(keys: Iterable[Hashable], texts: list[str]) -> tuple[np.ndarray, list[str]]:
+    """The group [n] of each text, by its key, and the first text of each group."""
+    first: dict[Hashable, int] = {}
+    members: list[str] = []
+    group = np.empty(len(texts), dtype=np.int64)
+    for place, (key, text) in enumerate(zip(keys, texts, strict=True)):
+        number = first.setdefault(key, len(members))
+        if number == len(members):
+            members.append(text)
+        group[place] = number
+    return group, members
 
 
 def _before(text: str) -> tuple[str, ...]:
@@ -73,22 +114,22 @@ def _before(text: str) -> tuple[str, ...]:
 
 def kinds(text: str, exact: bool = False) -> str:
     """One character for the kind of each character; letters in runs of at most three, `exact` keeps the last three."""
-    if text.isascii() and text.islower() and text.isalpha():
-        return "a" * min(len(text), 3) + (text[-3:] if exact else "")
-    out: list[str] = []
-    near = 0  # letters that follow an apostrophe stay themselves
-    for character in text:
-        near = 3 if character in APOSTROPHES else near - 1
-        kind = character
-        if character.isalpha() or not character.isascii():
-            category = unicodedata.category(character)
-            kind = {"Ll": "a", "Lu": "A", "Nd": "0"}.get(category, category if character.isalpha() else character)
-            if category == "Lo":
-                kind = f"<{ord(character) >> 8}>"
-            if near >= 0 and category[0] == "L":
-                kind = character
-        elif character.isdigit():
-            kind = "0"
-        if not (kind in ("a", "A") and out[-3:] == [kind] * 3):
-            out.append(kind)
-    return "".join(out) + (text[-3:] if exact else "")
+    near = -1  # letters that follow an apostrophe stay themselves
+    if not any(mark in text for mark in APOSTROPHES):
+        found = "".join(map(_kind, text))
+    else:
+        found = ""
+        for character in text:
+            near = 3 if character in APOSTROPHES else near - 1
+            found += character if near >= 0 and character.isalpha() else _kind(character)
+    return RUNS.sub(r"\1\1\1", found) + (text[-3:] if exact else "")
+
+
+@lru_cache(None)
+def _kind(character: str) -> str:
+    if character.isascii() and not character.isalnum():
+        return character
+    category = unicodedata.category(character)
+    if category == "Lo":
+        return f"<{ord(character) >> 8}>"
+    return {"Ll": "a", "Lu": "A", "Nd": "0"}.get(category, category if character.isalpha() else character)
