@@ -38,6 +38,11 @@ MINIMAL = "student: a\nout: o\ndata: {train: [x]}\nteachers: [{model: m}]\n"
         (MINIMAL, ["loss.kd_loss_mode=select_teacher", "loss.sum_weights_metric=ce"], "needs kd_loss_mode='sum'"),
         (MINIMAL, ["loss.kd_loss_mode=averaged_logits", "teachers.0.weight=0"], "weights sum to 0"),
         (MINIMAL, ["training.batch_size=63", "training.micro_batch_size=2"], "expected a multiple of 2"),
+        (MINIMAL, ["training.fsdp=true"], "start it with torchrun"),
+        (MINIMAL, ["training.fused_head=true", "loss.gold_loss=true"], "training.fused_head: gold_loss compares all logits"),
+        (MINIMAL, ["training.fused_head=true", "teachers.0.projection=null"], "one teacher, with another tokenizer"),
+        (MINIMAL, ["training.fused_head=true", "loss.compat=true"], "set dynamic_loss_scaling=false"),
+        (MINIMAL, ["training.fused_head=true", "loss.kl_loss_weight=0"], "kl_loss_weight is 0.0: expected more than 0"),
         (MINIMAL, ["training.precision=int8"], "training.precision is 'int8'"),
         (MINIMAL, ["data.pack_by=words"], "data.pack_by is 'words'"),
         (MINIMAL, ["teachers=[]"], "teachers is empty"),
@@ -56,6 +61,9 @@ def test_overrides_and_ranks(tmp_path):
     assert (found.training.steps, found.teachers[0].weight, found.data.train) == (7, 0.25, ["a", "b"])
     with pytest.raises(ChassisError, match="on 3 ranks: expected a multiple of 3"):
         found.check(ranks=3)
+    found.training.fsdp = found.training.fused_head = True
+    with pytest.raises(ChassisError, match="training.fsdp shards it"):
+        found.check(ranks=2)
     with pytest.raises(ChassisError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
 

@@ -17,6 +17,7 @@ CASES = {
     "one-teacher": ("one-teacher", [], 1e-4),
     "several-teachers": ("several-teachers", [], 1e-4),
     "cached-teacher": ("cached-teacher", [], 1e-4),
+    "fused-head": ("one-teacher", ["training.fused_head=true"], 1e-4),
     "fsdp": ("several-teachers", [*FSDP, "training.precision=float32"], 1e-4),
     "fsdp-bfloat16": ("one-teacher", FSDP, 2e-3),  # rounds all weights to bfloat16, where autocast keeps the norms
 }

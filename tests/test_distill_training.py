@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from chassis.distill.config import Loss
+from chassis.distill.fused_head import without_logits
 from chassis.distill.run import distill
 from chassis.errors import ChassisError
+from chassis.models import load_causal_lm
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from support import logged
+from support import LiveMemory, logged
 
 
 @pytest.mark.parametrize("loss", [Loss(), Loss(gold_loss=True), Loss(temperature=2.0)], ids=["p-kl", "gold", "tempered"])
@@ -61,6 +63,29 @@ def test_losses_hardly_depend_on_precision_and_not_on_checkpointing(distilling, 
     assert (logged(other, "loss") == logged(plain, "loss")) == (options is CHECKPOINTING)
     for name in ("loss", "ce_loss", "kl_loss_t0", "kl_loss_t1", "grad_norm", "eval_bits_per_byte", "eval_kl_loss_t0"):
         assert logged(other, name) == pytest.approx(logged(plain, name), rel=tolerance), name
+
+
+@pytest.mark.parametrize("loss", [Loss(), Loss(reverse_kl=True, temperature=2.0, vocab_topk=64)], ids=["plain", "reverse"])
+def test_the_loss_of_hidden_states_is_that_of_logits(distilling, loss, tmp_path):
+    distilling.teachers, distilling.loss = [replace(distilling.teachers[0], weight=0.5)], loss
+    distilling.training.micro_batch_size = 2  # each chooses its own columns
+    logits = distill(distilling)
+    training = replace(distilling.training, fused_head=True)
+    hidden = distill(replace(distilling, out=str(tmp_path / "hidden"), training=training))
+    assert {*logits["history"][1]} == {*hidden["history"][1]}
+    names = ("loss", "kl_loss", "ce_loss", "kl_loss_scale", "accuracy", "kl_loss_t0", "grad_norm", "num_valid_pairs_t0")
+    for name in (*names, "eval_bits_per_byte", "eval_kl_loss_t0", "eval_accuracy"):
+        assert logged(hidden, name) == pytest.approx(logged(logits, name), rel=1e-4), name
+
+
+def test_no_logits_of_the_student_are_made(distilling):
+    model, _ = load_causal_lm(distilling.student)
+    ids = torch.arange(48)[None]
+    with LiveMemory() as memory, without_logits(model.get_output_embeddings()) as hidden:
+        model(input_ids=ids)
+    width = model.get_output_embeddings().weight.shape[0]
+    assert hidden[0].shape[:2] == ids.shape and not any(width in shape[-1:] for shape in memory.shapes)
+    assert model(input_ids=ids).logits.shape[-1] == width
 
 
 @pytest.mark.parametrize("options", [{}, BFLOAT16, CHECKPOINTING], ids=str)

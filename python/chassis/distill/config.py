@@ -71,6 +71,8 @@ class Training:
     """The optimizer's steps. `batch_size` samples a step over all ranks, `micro_batch_size` of them in one forward pass.
 
     `fsdp` shards the student, its gradients and the optimizer's state over the ranks of torchrun, in place of DDP.
+    `fused_head` makes the student's logits a block of rows at a time inside the loss, so that neither they nor their gradient
+    are ever whole; for one teacher of another tokenizer, without gold_loss.
     """
 
     steps: int = 1000
@@ -85,6 +87,7 @@ class Training:
     precision: str = "float32"
     activation_checkpointing: bool = False
     fsdp: bool = False
+    fused_head: bool = False
     evaluate_every: int = 100
     save_every: int = 100
     log_every: int = 1
@@ -126,6 +129,8 @@ class DistillConfig:
             )
         if train.fsdp and ranks == 1:
             raise ChassisError("training.fsdp shards over several processes: start it with torchrun --nproc-per-node N")
+        if train.fsdp and train.fused_head:
+            raise ChassisError("training.fused_head needs a head that is whole, and training.fsdp shards it: choose one")
         for name, value, known in (
             ("training.precision", train.precision, PRECISIONS),
             ("data.pack_by", self.data.pack_by, UNITS),
@@ -154,9 +159,12 @@ class DistillConfig:
                 TeacherConfig(size, own, t.weight, t.gold_loss, t.xtoken_loss)
                 for size, own, t in zip(vocab_sizes, same, self.teachers, strict=True)
             ]
-            return XTokenConfig(student_vocab_size, tuple(teachers), **vars(self.loss))
+            found = XTokenConfig(student_vocab_size, tuple(teachers), **vars(self.loss))
         except ValueError as error:
             raise ChassisError(f"loss: {error}") from error
+        if self.training.fused_head and (reason := _needs_student_logits(found)):
+            raise ChassisError(f"training.fused_head: {reason}")
+        return found
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -188,6 +196,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Disti
     except (YAMLError, UnicodeDecodeError) as error:
         raise ChassisError(f"{path}: not YAML ({_first_line(error)})") from error
     return found
+
+
+def _needs_student_logits(config: XTokenConfig) -> str:
+    """Why the loss cannot be made of the student's hidden states; empty: it can."""
+    if len(config.teachers) > 1 or config.teachers[0].same_tokenizer:
+        return "it takes one teacher, with another tokenizer than the student's"
+    if config.uses_gold(0):
+        return "gold_loss compares all logits: leave it out"
+    if config.kd_loss_mode != "sum" or config.sum_weights_metric is not None:
+        return "it takes kd_loss_mode sum without sum_weights_metric"
+    if config.compat and config.dynamic_loss_scaling:
+        return "compat takes each micro-batch's own |CE| / |KD|: set dynamic_loss_scaling=false"
+    for name, value in (("kl_loss_weight", config.kl_loss_weight), ("the teacher's weight", config.teachers[0].weight)):
+        if value <= 0:
+            return f"{name} is {value}: expected more than 0"
+    return ""
 
 
 def _explain(error: Exception) -> str:

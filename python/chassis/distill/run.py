@@ -102,6 +102,7 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
         loss_config=sides.loss,
         teachers=teachers,
         warmup_start=config.training.warmup_start,
+        head=inspect_head(student) if config.training.fused_head else None,
         callbacks=[ShowProgress(progress)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chassis.distill.collator import chunks_of
+from chassis.distill.fused_head import operands
 from chassis.models import Head, capture
 from chassis_kernels.sparse import SparseProjection
 from chassis_kernels.teacher import TeacherHead, TopK
@@ -61,11 +62,8 @@ class LiveTeacher:
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> TeacherHead:
         """The weight stays on the device as long as the loss needs it, also when the model leaves."""
-        head, module = self.head, self.head.unembedding
-        hidden, bias = capture(self.model, ids, mask).final, getattr(module, "bias", None)
-        if head.scale != 1:
-            hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
-        return TeacherHead(hidden, module.weight.detach(), bias, head.softcap)
+        hidden, weight, bias, softcap = operands(self.head, capture(self.model, ids, mask).final)
+        return TeacherHead(hidden, weight.detach(), bias, softcap)
 
     @contextlib.contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from chassis.distill.fused_head import fused_loss, without_logits
 from chassis.distill.teachers import Teacher, batches
+from chassis.models import Head
 from chassis_kernels import XTokenConfig, xtoken_loss
 
 ADDITIVE = (
@@ -44,12 +46,23 @@ class KLScale(TrainerCallback, ExportableState):
 
 
 class DistillTrainer(Trainer):
-    """`loss_config` as `xtoken_loss` takes it, one teacher for each of its entries; batches come from `Collator`."""
+    """`loss_config` as `xtoken_loss` takes it, one teacher for each of its entries; batches come from `Collator`.
+
+    With the student's `head` the loss is made of its hidden states (`fused_head`), and its logits are never whole.
+    """
 
     def __init__(
-        self, *args, loss_config: XTokenConfig, teachers: Sequence[Teacher], eval_collator=None, warmup_start=0.02, **options
+        self,
+        *args,
+        loss_config: XTokenConfig,
+        teachers: Sequence[Teacher],
+        eval_collator=None,
+        warmup_start: float = 0.02,
+        head: Head | None = None,
+        **options,
     ) -> None:
         super().__init__(*args, **options)
+        self.head = head
         self.loss_config, self.teachers, self.warmup_start = loss_config, list(teachers), warmup_start
         self.eval_collator = eval_collator or self.data_collator
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -107,10 +120,15 @@ class DistillTrainer(Trainer):
         scale = 1.0 if self.kl_scale.value is None else self.kl_scale.value
         return replace(self.loss_config, dynamic_loss_scaling=False, kl_loss_weight=scale, ce_loss_scale=1.0)
 
-    def _loss(self, model, inputs: Mapping, counts: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _loss(self, model, inputs: Mapping, counts: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         with self.compute_loss_context_manager(), batches(self.teachers, inputs) as found:
             found = [t._replace(global_valid_chunks=n) for t, n in zip(found, counts[1:], strict=True)]
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            if self.head is not None:
+                with without_logits(self.head.unembedding) as hidden:
+                    model(**ids, use_cache=False)
+                return *fused_loss(self.head, *hidden, *found, self._config(), inputs, counts[0]), None
+            logits = model(**ids, use_cache=False).logits
             loss, metrics = xtoken_loss(
                 logits,
                 found,
