@@ -71,8 +71,8 @@ class Training:
     """The optimizer's steps. `batch_size` samples a step over all ranks, `micro_batch_size` of them in one forward pass.
 
     `fsdp` shards the student, its gradients and the optimizer's state over the ranks of torchrun, in place of DDP.
-    `fused_head` makes the student's logits a block of rows at a time inside the loss, so that neither they nor their gradient
-    are ever whole; for one teacher of another tokenizer, without gold_loss.
+    `fused_head` makes the student's logits a block of rows at a time inside the loss, so that neither they nor their
+    gradient are ever whole; for one teacher of another tokenizer, without gold_loss.
     """
 
     steps: int = 1000
