@@ -67,11 +67,14 @@ def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path
     models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert
     result = chassis(
         *("bridge", "eval", *models, *text(work), "--max-windows", 3, "--window", 48),
-        *("--lookahead", "2", "--reference", "4", "-o", tmp_path, "--json"),
+        *("--lookahead", "2", "--reference", "4", "--semantic", "-o", tmp_path, "--json"),
     )
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
     assert {"counted", "counted, no mask", "canonical", "exact", "lookahead 2", "base alone"} <= set(rows)
+    assert {"exact match through decode", "two segments through decode", "jeffrey", "jeffrey_counted"} <= set(rows)
+    assert {"semantic: ridge", "semantic: hidden_ridge", "counted, hidden_ridge on open mass"} <= set(rows)
+    assert "uncertainty" not in rows["semantic: ridge"] and rows["semantic: ridge"]["unmapped"] == 0
     assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"]
     assert {path.name for path in tmp_path.iterdir()} == {"bridge.html", "bridge.json", "ladder.png"}
     page = (tmp_path / "bridge.html").read_text()

@@ -8,7 +8,7 @@ asked for, lookahead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +18,11 @@ from torch import Tensor
 from chassis.bridge.bridge import FLOOR, Bridge
 from chassis.bridge.lookahead import lookahead
 from chassis.bridge.plan import Plan
-from chassis.bridge.states import ExpertStates, tree_logits
+from chassis.bridge.reading import Models, Reading, read
+from chassis.bridge.semantic import OnOpenMass, SemanticHead
+from chassis.bridge.states import ExpertStates
 from chassis.bridge.windows import TextWindow, text_windows
 from chassis.errors import BridgeError
-from chassis.models import capture
 from chassis.text.corpus import Document
 from chassis_kernels.bridge_project import Bridged
 
@@ -48,39 +49,10 @@ class Tally:
             found |= {"kl_bits": self.kl / math.log(2) / self.compared, "top1": self.agree / self.compared}
         if self.positions:
             u = torch.cat(self.uncertainty)
-            found |= {"uncertainty": float(u.mean()), "uncertainty_p95": float(u.quantile(0.95))}
-            found |= {"unmapped": 1 - self.mass / self.positions}
+            found["unmapped"] = max(0.0, 1 - self.mass / self.positions)
+            if not u.isnan().any():
+                found |= {"uncertainty": float(u.mean()), "uncertainty_p95": float(u.quantile(0.95))}
         return found
-
-
-@dataclass
-class Models:
-    """The two models: the base's with its logits, the token that opens its texts, the expert's and its opening token."""
-
-    base_model: torch.nn.Module
-    base_logits: Callable[[Tensor], Tensor]  # final states [n, D] -> logits [n, V]
-    bos_id: int | None
-    expert_model: torch.nn.Module
-    start_id: int
-
-
-@dataclass
-class Reading:
-    """One window, read once by both models."""
-
-    part: TextWindow
-    plan: Plan
-    logits: Tensor  # [n_nodes, V_E], the expert's
-    log_p: Tensor  # [n, V_B], the base's own log-probabilities
-
-    @property
-    def scored(self) -> Tensor:
-        """[n] bool: positions that count in this window."""
-        return torch.from_numpy(self.plan.begins >= self.part.seen)
-
-    def chosen(self, log_probs: Tensor) -> Tensor:
-        """Log-probability [n] float64 of the tokens of the text under log_probs [n, V_B]."""
-        return log_probs.gather(1, torch.from_numpy(self.plan.base_ids)[:, None])[:, 0].double()
 
 
 @torch.no_grad()
@@ -92,6 +64,7 @@ def evaluate(
     main: str,
     looks: Sequence[int] = (),
     reference: int = 0,
+    heads: Mapping[str, SemanticHead | OnOpenMass] | None = None,
     window: int = 128,
     max_windows: int | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -99,10 +72,12 @@ def evaluate(
     """Rows of the ladder for the test documents; `main` is the bridge of the mixture and of lookahead.
 
     `looks`: evaluations a position for rows of lookahead; `reference`: how many the reference has (0: none), against which
-    KL and top-1 are measured at positions where both tokenizations have ended. Raises BridgeError without text.
+    KL and top-1 are measured at positions where both tokenizations have ended. `heads`: semantic heads to score beside the
+    bridges. Raises BridgeError without text.
     """
     bridge, masked = bridges[main]
-    parts = {split: _windows(bridge, documents[split], window, max_windows) for split in ("validation", "test")}
+    heads = heads or {}
+    parts = {split: windows(bridge, documents[split], window, max_windows) for split in ("validation", "test")}
     mixing = np.zeros(len(WEIGHTS))
     for done, part in enumerate(parts["validation"], 1):
         reading = read(models, bridge, part)
@@ -110,7 +85,7 @@ def evaluate(
         mixing += [float(_mixed(reading, log_q, weight)[reading.scored].sum()) for weight in WEIGHTS]
         progress("mixture", done, len(parts["validation"]))
     weight = WEIGHTS[int(mixing.argmin())]
-    names = [*bridges, *(f"lookahead {m}" for m in looks), MIXTURE, "base alone"]
+    names = [*bridges, *heads, *(f"lookahead {m}" for m in looks), MIXTURE, "base alone"]
     tallies = {name: Tally() for name in names}
     own, n_bytes, passage = 0.0, 0, None
     for done, part in enumerate(parts["test"], 1):
@@ -119,6 +94,7 @@ def evaluate(
         n_bytes += part.n_bytes
         own += _own_nats(bridge, reading)
         results = {name: _apply(one, reading, blocking) for name, (one, blocking) in bridges.items()}
+        results |= {name: head.apply(bridge, reading, masked=masked) for name, head in heads.items()}
         results |= {f"lookahead {m}": _look(bridge, plan, models, m, masked) for m in looks}
         truth = _look(bridge, plan, models, reference, True).log_q if reference else None
         aligned = scored & torch.tensor([bool(c) for c in plan.complete])
@@ -142,7 +118,7 @@ def evaluate(
     }
 
 
-def _windows(bridge: Bridge, documents: Sequence[Document], length: int, limit: int | None) -> list[TextWindow]:
+def windows(bridge: Bridge, documents: Sequence[Document], length: int, limit: int | None) -> list[TextWindow]:
     """Windows of all documents, or of as many whole documents as give `limit` of them."""
     found: list[TextWindow] = []
     for document in documents:
@@ -152,13 +128,6 @@ def _windows(bridge: Bridge, documents: Sequence[Document], length: int, limit: 
     if not found:
         raise BridgeError("no text to evaluate on: give validation and test documents")
     return found
-
-
-def read(models: Models, bridge: Bridge, part: TextWindow) -> Reading:
-    """Plan a window and run both models over it."""
-    plan = bridge.plan(part.text)
-    logits = tree_logits(models.expert_model, plan.tree, models.start_id)
-    return Reading(part, plan, logits, _base_log_probs(models, bridge, plan))
 
 
 def _apply(bridge: Bridge, reading: Reading, masked: bool) -> Bridged:
@@ -180,17 +149,6 @@ def _mixed(reading: Reading, log_q: Tensor, weight: float) -> Tensor:
     """Nats of the tokens [n] under (1 - weight) q + weight p."""
     q, p = (reading.chosen(x).exp() for x in (log_q, reading.log_p))
     return -((1 - weight) * q + weight * p).log()
-
-
-def _base_log_probs(models: Models, bridge: Bridge, plan: Plan) -> Tensor:
-    """The base's own log-probabilities [n, V] at a plan's positions; uniform where nothing precedes and it has no bos."""
-    width = bridge.base.width
-    ids = plan.base_ids if models.bos_id is None else np.concatenate([[models.bos_id], plan.base_ids])
-    final = capture(models.base_model, torch.from_numpy(ids)[None]).final[0]
-    log_p = torch.cat([models.base_logits(rows).float().log_softmax(-1)[:, :width] for rows in final[:-1].split(512)])
-    if models.bos_id is None:
-        log_p = torch.cat([torch.full_like(log_p[:1], -math.log(width)), log_p])
-    return log_p
 
 
 def _own_nats(bridge: Bridge, reading: Reading) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,22 @@ import torch
 from transformers import AutoConfig
 
 from chassis.bridge.bridge import Bridge
-from chassis.bridge.evaluate import Models, evaluate
+from chassis.bridge.decoded import METHODS as DECODED
+from chassis.bridge.decoded import decoded_bridge
+from chassis.bridge.evaluate import evaluate, windows
 from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.reading import Models, Reading, read
 from chassis.bridge.rules import METHODS
+from chassis.bridge.semantic import MODES, OnOpenMass, SemanticHead, head_by_rows, head_by_states
 from chassis.errors import BridgeError
+from chassis.experts import Readout
 from chassis.models import Head, inspect_head, load_tokenizer
 from chassis.text.corpus import Document
 from chassis.text.token_bytes import TokenBytes
 
 AUTO = "auto"
+FIT_WINDOWS = 160  # that both models read for a map between their hidden states
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -63,22 +70,70 @@ def bridged_expert(base: Side, expert: Side, bridge: Bridge) -> BridgedExpert:
     return BridgedExpert(expert.model, bridge, expert.opens, base.tokens.roles.get("bos"), expert.name)
 
 
-def compare(base: Side, expert: Side, main: Bridge, documents: Mapping[str, Sequence[Document]], **settings) -> dict:
-    """`evaluate` for the bridge `main` with and without its mask, beside the methods that need no text; for the report.
+def compare(
+    base: Side,
+    expert: Side,
+    main: Bridge,
+    documents: Mapping[str, Sequence[Document]],
+    *,
+    semantic: bool = False,
+    window: int = 128,
+    progress: Progress = lambda stage, done, total: None,
+    **settings,
+) -> dict:
+    """`evaluate` for the bridge `main` with and without its mask, beside the methods that need no text, string matching as
+    it is usually done among them; for the report.
 
-    A bridge between a tokenizer and itself stands alone.
+    `semantic` adds the heads of `semantic.MODES`, for which both models read documents["fit"]. A bridge between a tokenizer
+    and itself stands alone.
     """
     from chassis.results import environment
 
     if main.identical:
         bridges = {"identity": (main, False)}
     else:
-        bridges = {method: (Bridge.build(expert.tokens, base.tokens, method), True) for method in (*METHODS, "jeffrey")}
+        pair = expert.tokens, base.tokens
+        tokenizers = expert.tokenizer, base.tokenizer
+        bridges = {name: (decoded_bridge(method, *pair, tokenizers), False) for method, name in DECODED.items()}
+        bridges |= {method: (Bridge.build(*pair, method), True) for method in (*METHODS, "jeffrey")}
         if main.method == "counted":
             bridges["jeffrey_counted"] = (main.asking_base(), True)
         bridges |= {f"{main.method}, no mask": (main, False), main.method: (main, True)}
-    found = evaluate(models_of(base, expert), bridges, documents, main=list(bridges)[-1], **settings)
+    models, heads = models_of(base, expert), {}
+    if semantic:
+        heads = semantic_heads(models, base, expert, main, documents["fit"], window, progress)
+    settings |= {"heads": heads, "window": window, "progress": progress}
+    found = evaluate(models, bridges, documents, main=list(bridges)[-1], **settings)
     return found | {"base": Path(base.name).name, "expert": Path(expert.name).name, "environment": environment()}
+
+
+def semantic_heads(
+    models: Models,
+    base: Side,
+    expert: Side,
+    bridge: Bridge,
+    documents: Sequence[Document],
+    window: int,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, SemanticHead | OnOpenMass]:
+    """All of `semantic.MODES` by the names of their rows; hidden_ridge is fitted on up to FIT_WINDOWS of the documents.
+
+    With a counted bridge also that head on its open mass.
+    """
+    ours, theirs = Readout.of(base.head), Readout.of(expert.head)
+    parts = windows(bridge, documents, window, FIT_WINDOWS)
+
+    def readings() -> Iterator[Reading]:
+        for done, part in enumerate(parts, 1):
+            yield read(models, bridge, part)
+            progress("hidden ridge", done, len(parts))
+
+    heads = [head_by_rows(mode, bridge, ours, theirs) for mode in MODES if mode != "hidden_ridge"]
+    heads.append(head_by_states(bridge, ours, readings()))
+    found = {f"semantic: {head.mode}": head for head in heads}
+    if bridge.method == "counted":
+        found["counted, hidden_ridge on open mass"] = OnOpenMass(heads[-1], bridge.asking_base())
+    return found
 
 
 def models_of(base: Side, expert: Side) -> Models:

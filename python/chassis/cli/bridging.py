@@ -137,6 +137,9 @@ def evaluate(
         str, typer.Option("--lookahead", help="Evaluations a position, such as 4,16.", show_default=False)
     ] = "",
     reference: Annotated[int, typer.Option("--reference", help="Evaluations of the KL's reference; 0: no KL.")] = 0,
+    semantic: Annotated[
+        bool, typer.Option("--semantic", help="Also maps between the two unembeddings and between hidden states.")
+    ] = False,
     max_windows: Annotated[int, typer.Option("--max-windows", help="Windows to measure on.", min=1)] = 64,
     text_column: options.TextColumn = "text",
     hub_split: options.HubSplit = "train",
@@ -158,6 +161,7 @@ def evaluate(
     main = bridge_for(*sides, bridge, [d.text for d in documents["fit"]])
     with terminal.progress() as report:
         settings = {"looks": looks, "reference": reference, "window": window, "max_windows": max_windows}
+        settings["semantic"] = semantic
         results = compare(*sides, main, documents, progress=report, **settings)
     return show(terminal, results, out)
 
