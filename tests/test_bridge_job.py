@@ -23,7 +23,7 @@ def ladder(request, sides, testbed):
     base, expert = sides
     documents = testbed.documents[request.param]
     counted = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
-    found = compare(base, expert, counted, documents, semantic=True, max_windows=48)
+    found = compare(base, expert, counted, documents, semantic=request.param == "prose", max_windows=48)
     return request.param, {row["name"]: row for row in found["rows"]}
 
 
@@ -55,10 +55,12 @@ def test_string_matching_as_it_was_and_done_right(ladder):
 
 
 def test_semantic_heads_alone_are_no_bridge_but_settle_open_mass(ladder):
-    _, rows = ladder
+    domain, rows = ladder
+    if domain != "prose":
+        pytest.skip("the heads are fitted on prose")
     bits = {name: row["bits_per_byte"] for name, row in rows.items()}
     assert all(value > bits["canonical"] for name, value in bits.items() if name.startswith("semantic"))
-    assert bits["counted, hidden_ridge on open mass"] <= bits["counted"]
+    assert bits["counted, hidden_ridge on open mass"] <= bits["counted"] - 0.005
 
 
 def test_a_mixture_is_no_worse_than_the_better_model(ladder):

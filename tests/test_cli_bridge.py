@@ -78,7 +78,7 @@ def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path
     assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"]
     assert {path.name for path in tmp_path.iterdir()} == {"bridge.html", "bridge.json", "ladder.png"}
     page = (tmp_path / "bridge.html").read_text()
-    assert "uncertainty of the bridge" in page and "bits of the base" in page and "<script" not in page
+    assert "uncertainty of the bridge" in page and "bits of the expert in its own tokens" in page and "<script" not in page
 
 
 def test_fit_through_a_bridge(tiny_testbed, work, tmp_path):

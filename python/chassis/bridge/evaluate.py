@@ -92,7 +92,8 @@ def evaluate(
         reading = read(models, bridge, part)
         plan, scored = reading.plan, reading.scored
         n_bytes += part.n_bytes
-        own += _own_nats(bridge, reading)
+        own_nats = _own_nats(bridge, reading)
+        own += float(own_nats[torch.from_numpy(_begins(bridge, plan) >= part.seen)].sum())
         results = {name: _apply(one, reading, blocking) for name, (one, blocking) in bridges.items()}
         results |= {name: head.apply(bridge, reading, masked=masked) for name, head in heads.items()}
         results |= {f"lookahead {m}": _look(bridge, plan, models, m, masked) for m in looks}
@@ -103,7 +104,7 @@ def evaluate(
             _add(tallies[name], used.nll(plan, result), result, scored, truth, aligned)
         tallies[MIXTURE].nats += float(_mixed(reading, _floored(bridge, results[main].log_q), weight)[scored].sum())
         tallies["base alone"].nats -= float(reading.chosen(reading.log_p)[scored].sum())
-        passage = passage or _passage(bridge, reading, results[main])
+        passage = passage or _passage(bridge, reading, results[main], own_nats)
         progress("test", done, len(parts["test"]))
     rows = [tallies[name].row(name, n_bytes) for name in names]
     best = {"name": "expert in its own tokens", "bits_per_byte": own / math.log(2) / n_bytes}
@@ -151,14 +152,13 @@ def _mixed(reading: Reading, log_q: Tensor, weight: float) -> Tensor:
     return -((1 - weight) * q + weight * p).log()
 
 
-def _own_nats(bridge: Bridge, reading: Reading) -> float:
-    """Nats of the expert's own tokens that begin in the scored part, by the same logits."""
-    plan, tree = reading.plan, reading.plan.tree
+def _own_nats(bridge: Bridge, reading: Reading) -> Tensor:
+    """Nats [n_trunk] of the expert's own tokens, by the same logits."""
+    tree = reading.plan.tree
     nodes = torch.arange(1, tree.n_trunk + 1)
     tokens, parents = torch.from_numpy(tree.tokens)[nodes], torch.from_numpy(tree.parent)[nodes]
-    begins = torch.from_numpy(np.concatenate([[0], np.cumsum(bridge.expert.lengths[plan.expert_ids])[:-1]]))
-    log_p = reading.logits[parents][:, : bridge.expert.width].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    return float(-log_p[begins >= reading.part.seen].double().sum())
+    log_p = reading.logits[parents][:, : bridge.expert.width].float().log_softmax(-1)
+    return -log_p.gather(1, tokens[:, None])[:, 0].double()
 
 
 def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None, aligned: Tensor) -> None:
@@ -174,9 +174,22 @@ def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None
         tally.compared += int(aligned.sum())
 
 
-def _passage(bridge: Bridge, reading: Reading, result: Bridged) -> dict:
-    """One window token by token: bits of expert (in the base's tokens) and base, uncertainty."""
+def _begins(bridge: Bridge, plan: Plan) -> np.ndarray:
+    """Bytes [n_trunk] at which the expert's own tokens begin."""
+    lengths = bridge.expert.lengths[plan.expert_ids]
+    return lengths.cumsum() - lengths
+
+
+def _passage(bridge: Bridge, reading: Reading, result: Bridged, own_nats: Tensor) -> dict:
+    """One window token by token: bits of the expert in the base's tokens and in its own, of the base; uncertainty."""
     bits = [(nats / math.log(2)).tolist() for nats in (bridge.nll(reading.plan, result), -reading.chosen(reading.log_p))]
-    texts = [bridge.base.bytes[i].decode(errors="replace") for i in reading.plan.base_ids.tolist()]
-    tokens = zip(texts, *bits, result.uncertainty.tolist(), strict=True)
-    return {"tokens": [{"text": t, "bridge_bits": b, "base_bits": a, "uncertainty": v} for t, b, a, v in tokens]}
+    ours, theirs = (
+        [tokens.bytes[i].decode(errors="replace") for i in ids.tolist()]
+        for tokens, ids in ((bridge.base, reading.plan.base_ids), (bridge.expert, reading.plan.expert_ids))
+    )
+    tokens = zip(ours, *bits, result.uncertainty.tolist(), strict=True)
+    own = zip(theirs, (own_nats / math.log(2)).tolist(), strict=True)
+    return {
+        "tokens": [{"text": t, "bridge_bits": b, "base_bits": a, "uncertainty": v} for t, b, a, v in tokens],
+        "expert_tokens": [{"text": t, "expert_bits": b} for t, b in own],
+    }

@@ -100,7 +100,7 @@ def ladder(results: dict) -> bytes:
     """Bars of bits per byte, PNG."""
     rows = results["rows"]
     with rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(6.6, 0.34 * len(rows) + 1.2), dpi=160, layout="constrained")
+        figure = Figure(figsize=(7.6, 0.32 * len(rows) + 1.2), dpi=160, layout="constrained")
         axes = figure.add_subplot()
         names = [row["name"] for row in rows][::-1]
         values = [row["bits_per_byte"] for row in rows][::-1]
@@ -108,6 +108,7 @@ def ladder(results: dict) -> bytes:
         for place, value in enumerate(values):
             axes.text(value, place, f" {value:.3f}", va="center", fontsize=9)
         axes.set_xlim(0, max(values) * 1.12)
+        axes.margins(y=0.02)
         axes.set(title="Bits per byte by estimator", xlabel="bits per byte")
         axes.tick_params(axis="y", length=0)
         buffer = io.BytesIO()
@@ -117,16 +118,16 @@ def ladder(results: dict) -> bytes:
 
 def passage(results: dict) -> list[dict]:
     """One passage four times: how uncertain the bridge was, and how many bits each of the speakers spent on every token."""
-    tokens = (results.get("passage") or {}).get("tokens") or []
     views = {
-        "uncertainty of the bridge": ("uncertainty", 1.0, COOL),
-        "bits of the bridged expert": ("bridge_bits", 8.0, WARM),
-        "bits of the base": ("base_bits", 8.0, WARM),
+        "uncertainty of the bridge": ("tokens", "uncertainty", 1.0, COOL),
+        "bits of the bridged expert": ("tokens", "bridge_bits", 8.0, WARM),
+        "bits of the expert in its own tokens": ("expert_tokens", "expert_bits", 8.0, WARM),
+        "bits of the base": ("tokens", "base_bits", 8.0, WARM),
     }
     found = []
-    for name, (key, top, colour) in views.items():
+    for name, (kind, key, top, colour) in views.items():
         cells = []
-        for token in tokens:
+        for token in (results.get("passage") or {}).get(kind) or []:
             body = token["text"].rstrip("\n")
             level = min(max((token[key] or 0) / top, 0.0), 1.0)
             shade = "#" + "".join(f"{round(255 + (part - 255) * level * 0.75):02x}" for part in colour)

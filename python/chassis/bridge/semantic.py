@@ -33,7 +33,7 @@ from chassis.bridge.reading import Reading
 from chassis.bridge.rules import special_pairs
 from chassis.errors import BridgeError
 from chassis.experts import Readout
-from chassis_kernels import Moments, fit_ridge
+from chassis_kernels import Moments, fit_ridge, procrustes
 from chassis_kernels.bridge_project import Bridged
 from chassis_kernels.reference.bridge_project import blocked_places
 from chassis_kernels.ridge import solve
@@ -111,7 +111,7 @@ def head_by_rows(mode: str, bridge: Bridge, base: Readout, expert: Readout) -> S
     if mode in ("ridge", "pseudo_inverse"):
         made = rows @ fit_ridge(w, e, ALPHA, alpha_scale="trace")[0]
     elif mode == "procrustes":
-        made = rows @ _procrustes(w, e)
+        made = rows @ procrustes(w, e).W.float()
     elif mode == "matching_pursuit":
         made = torch.zeros(len(W), E.shape[1])
         free = torch.tensor(sorted(set(tokens) - set(ours.tolist())), dtype=torch.long)
@@ -143,10 +143,3 @@ def head_by_states(bridge: Bridge, base: Readout, readings: Iterable[Reading]) -
     solution = solve(moments, ALPHA)
     known = torch.tensor([role not in ("padding", "unk") for role in bridge.base.role_of])
     return SemanticHead("hidden_ridge", base, known, (solution.W.float(), solution.b.float()))
-
-
-def _procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """s A [D, T] that maps x [N, D] to y [N, T] best, A of orthonormal rows or columns, whichever are fewer."""
-    U, singular, V = torch.linalg.svd(x.double().T @ y.double(), full_matrices=False)
-    mapped = x.double() @ U
-    return (U @ V * (singular.sum() / mapped.square().sum())).to(x)
