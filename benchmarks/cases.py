@@ -17,6 +17,7 @@ OPS = (
     "moments",
     "ridge",
     "delta_logits",
+    "port",
     "linear_kl",
     "projection_kl",
     "linear_projection_kl",

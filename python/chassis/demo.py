@@ -1,23 +1,30 @@
 """The whole job on the testbed: fit, compare ranks, measure on held-out source, speak before and after.
 
-Then the same with an expert that has another tokenizer, through a bridge.
+Then the same with an expert that has another tokenizer, through a bridge; and both adapters plugged into the one base.
 """
 
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from chassis.adapter import Adapter, combine
 from chassis.bridge.loading import Side, bridge_for, bridged_expert, compare
-from chassis.experts import load_expert
+from chassis.evaluate import evaluate
+from chassis.experts import LogitBiasExpert, load_expert
 from chassis.fit import Base, FitOptions, Progress, fit
 from chassis.models import load_causal_lm
-from chassis.results import measure, summarise
+from chassis.probes import Probe, make_windows
+from chassis.results import continuation, measure, routed_generations, summarise
 from chassis.testbed import Testbed
 
 OPTIONS = FitOptions(rank=32, ranks=(4, 8, 16, 32, 64), max_windows=1000, max_test_windows=256)
 BRIDGED = FitOptions(rank=32, ranks=(8,), layers="none", max_windows=160, max_test_windows=48)
 LADDER_WINDOWS = 32
+PORT_WINDOWS, PORT_TOKENS = 32, 32
 PROMPTS = (
     'def close(self):\n        """Close the file."""\n        if self.',
     "class Reader:\n    def __init__(self, file, encoding=None):\n        ",
@@ -57,6 +64,27 @@ def run_bridge_demo(
     scores = measure(loaded, through, result, lambda s, d, n: report(f"bridge: {s}", d, n))
     results = summarise(loaded, through, result, scores, PROMPTS, "The same from an expert with another tokenizer")
     return ladder, results | {"decoding": f"greedy, repetition penalty {REPETITION_PENALTY}"}
+
+
+def run_port_demo(testbed: Testbed, out: str | Path) -> dict:
+    """The adapters of both chapters, read back from `out`, on one base: who speaks on which prompt, and how well on what.
+
+    {"generations": with routes, "bits_per_byte": {"source" and "prose": {who: bits per byte on held-out text}}}
+    """
+    base = Base(*load_causal_lm(testbed.base), str(testbed.base))
+    adapters = {"code": Adapter.load(out), "bridged": Adapter.load(Path(out) / "bridge")}
+    both = combine([(0.5, adapter) for adapter in adapters.values()])
+    itself = LogitBiasExpert(base.head, torch.zeros(base.head.vocab_size))
+    bits = {}
+    for domain, documents in testbed.documents.items():
+        windows = make_windows(documents["test"], base.tokenizer)[:PORT_WINDOWS]
+        scores = evaluate(Probe(base.model, itself), windows, base.readout, adapters=adapters | {"half of each": both})
+        bits[domain] = {name: score.bits_per_byte for name, score in ({"base": scores.no_op} | scores.adapters).items()}
+    base.model.generation_config.repetition_penalty = REPETITION_PENALTY
+    prose = testbed.documents["prose"]["test"][0].text[:60]
+    prompts, routes = [PROMPTS[1], prose, PROMPTS[1]], ["auto", "auto", "code=0.5,bridged=0.5"]
+    speak = partial(continuation, base.model, base.tokenizer, n_tokens=PORT_TOKENS)
+    return {"generations": routed_generations(base, adapters, prompts, routes, speak), "bits_per_byte": bits}
 
 
 def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:

@@ -59,7 +59,7 @@ def view(base: Base, text: str, lens: Lens | None = None, expert=None, *, max_to
         rows.append({"layer": FINAL, "name": "final"} | _cells(_log_probs(states, readout), last, base.tokenizer))
     name = expert.name if to_expert else base.name
     rows.append({"layer": "end", "name": "said"} | _cells(last, last, base.tokenizer))
-    kind = "logit lens" if lens is None else f"lens to {name}"
+    kind = "logit lens" if lens is None else f"lens to {Path(name).name}"
     return {"title": "Layer by layer", "lens": kind, "base": base.name, "end": name,
             "tokens": token_texts(base.tokenizer, ids[0].tolist()), "layers": rows}  # fmt: skip
 
@@ -74,7 +74,7 @@ def print_view(results: dict, console) -> None:
         means = [number(layer["mean_kl"]), number(layer["mean_entropy"])]
         tokens = [_short(cell["top"][0]["token"]) for cell in layer["cells"][-n_shown:]]
         rows.append(Row([layer["name"], *means, *tokens], "chosen" if layer["layer"] == "end" else ""))
-    title = f"{results['base']}: top token at the last {n_shown} of {len(results['tokens'])} positions ({results['lens']})"
+    title = f"Top token at the last {n_shown} of {len(results['tokens'])} positions ({results['lens']})"
     print_tables([Table(title, columns, rows)], console)
 
 

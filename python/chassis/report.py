@@ -48,8 +48,8 @@ def print_report(results: dict, console) -> None:
         print_generations(results["generations"], console)
 
 
-def print_generations(generations: list[dict], console) -> None:
-    """Continuations side by side, each under the model that wrote it."""
+def print_generations(generations: list[dict], console, *, routes: bool = False) -> None:
+    """Continuations side by side, each under the model that wrote it; with `routes`, who it was and why."""
     import rich.box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -58,16 +58,16 @@ def print_generations(generations: list[dict], console) -> None:
     grid = RichTable(title="Before and after", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
     for name in names:
         grid.add_column(name, ratio=1, overflow="fold")
-    if routed := any("route" in sample for sample in generations):
+    if routes:
         grid.add_column("route\n(nats per token of the prompt)", overflow="fold")
     for sample in generations:
         cells = [Text.assemble((sample["prompt"], "dim"), sample[name]) for name in names]
-        grid.add_row(*cells, *([route_text(sample)] if routed else []))
+        grid.add_row(*cells, *([_route(sample)] if routes else []))
         grid.add_section()
     console.print(grid)
 
 
-def route_text(sample: dict) -> str:
+def _route(sample: dict) -> str:
     """Who spoke and, line by line, how surprised each was by the prompt."""
     route = sample["route"]
     chosen = route if isinstance(route, str) else ", ".join(f"{name}={weight:g}" for name, weight in route.items())

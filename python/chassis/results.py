@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
@@ -14,8 +14,9 @@ from chassis.adapter import Adapter
 from chassis.evaluate import Score, Scores, evaluate, passage
 from chassis.experts import Expert, ModelExpert
 from chassis.fit import Base, FitResult, Progress
-from chassis.port import attach
+from chassis.port import BASE, Port, attach
 from chassis.probes import Window
+from chassis.routing import least_surprised, parse_route, surprise
 from chassis_kernels import backends
 
 
@@ -94,6 +95,32 @@ def continuation(model: torch.nn.Module, tokenizer, prompt: str, n_tokens: int, 
     start = encoded["input_ids"].shape[1]
     whole, given = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:start]))
     return whole[len(given) :] if whole.startswith(given) else tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def routed_generations(
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    prompts: Sequence[str],
+    routes: Sequence[str],
+    speak: Callable[[str], str],
+) -> list[dict]:
+    """What the base says to each prompt, and what the one it is routed to says; `speak` continues a prompt with the model.
+
+    A route is a name of `adapters`, "base", weights such as code=0.7,docs=0.3, or "auto": whoever is least surprised.
+    """
+    rows = []
+    with Port(base.model, base.tokenizer) as port:
+        for name, adapter in adapters.items():
+            port.plug(name, adapter)
+        for prompt, wanted in zip(prompts, routes, strict=True):
+            ids = base.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            surprises = surprise(base.model, base.head, adapters, ids)
+            chosen = least_surprised(surprises) if wanted == "auto" else parse_route(wanted)
+            port.route(BASE)
+            row = {"prompt": prompt, "base": speak(prompt)}
+            port.route(chosen)
+            rows.append(row | {"adapted": speak(prompt), "route": chosen, "surprise": surprises})
+    return rows
 
 
 def densest(windows: Sequence[Window]) -> Window:

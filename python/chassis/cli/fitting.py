@@ -94,10 +94,11 @@ def demo(
 ) -> dict:
     """Train three small models on Python's own library, then fit, measure and speak: the whole job in a few minutes.
 
-    The second chapter does it again with an expert of another tokenizer, through a bridge.
+    The second chapter does it again with an expert of another tokenizer, through a bridge; the third plugs both adapters
+    into the one base.
     """
     from chassis.cli import bridging, loading
-    from chassis.demo import run_bridge_demo, run_demo, same_by_hand
+    from chassis.demo import run_bridge_demo, run_demo, run_port_demo, same_by_hand
     from chassis.files import ensure_writable
     from chassis.testbed import build
 
@@ -111,7 +112,23 @@ def demo(
     with terminal.progress() as report:
         ladder, bridged = run_bridge_demo(testbed, out / "bridge", report)
     ladder = bridging.show(terminal, ladder, out / "bridge")
-    return shown | {"ladder": ladder, "bridge": _show(terminal, bridged, out / "bridge")}
+    bridged = _show(terminal, bridged, out / "bridge")
+    ported = run_port_demo(testbed, out)
+    _show_port(terminal, ported, out)
+    return shown | {"ladder": ladder, "bridge": bridged, "port": ported}
+
+
+def _show_port(terminal: Terminal, results: dict, out: Path) -> None:
+    from chassis.page import Row, Table, number, print_tables
+    from chassis.report import print_generations
+
+    bits = results["bits_per_byte"]
+    rows = [Row([who, *(number(scores[who]) for scores in bits.values())]) for who in next(iter(bits.values()))]
+    print_tables([Table("Two experts on one base, bits per byte", ["speaks", *bits], rows)], terminal.console)
+    print_generations(results["generations"], terminal.console, routes=True)
+    terminal.note(
+        f"the same by hand: chassis generate --plug code={out} --plug bridged={out / 'bridge'} --route auto --prompt ..."
+    )
 
 
 def _fit(terminal, base, expert, bridge, sources, settings, limits, dtype, device, out) -> dict:

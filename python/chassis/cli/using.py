@@ -88,10 +88,8 @@ def generate(
     import torch
 
     from chassis.cli import loading
-    from chassis.port import Port
     from chassis.report import print_generations
-    from chassis.results import continuation
-    from chassis.routing import least_surprised, parse_route, surprise
+    from chassis.results import continuation, routed_generations
 
     if temperature <= 0:
         raise ChassisError(f"temperature {temperature}: expected more than 0 (leave out --sample for the likeliest token)")
@@ -110,18 +108,8 @@ def generate(
         torch.manual_seed(seed)
         return continuation(loaded.model, loaded.tokenizer, text, max_new_tokens, **draw)
 
-    rows = []
-    with Port(loaded.model, loaded.tokenizer) as port:
-        for name, fitted in adapters.items():
-            port.plug(name, fitted)
-        for text, wanted in zip(prompt, routes * (len(prompt) // len(routes)), strict=True):
-            ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
-            surprises = surprise(loaded.model, loaded.head, adapters, ids)
-            chosen = least_surprised(surprises) if wanted == "auto" else parse_route(wanted)
-            row = {"prompt": text, "base": port.route("base") and speak(text)}
-            row["adapted"] = port.route(chosen) and speak(text)
-            rows.append(row | ({"route": chosen, "surprise": surprises} if plug else {}))
-    print_generations(rows, terminal.console)
+    rows = routed_generations(loaded, adapters, prompt, routes * (len(prompt) // len(routes)), speak)
+    print_generations(rows, terminal.console, routes=bool(plug))
     return {"generations": rows}
 
 
