@@ -335,7 +335,7 @@ def test_demo_runs_on_any_testbed(tiny_testbed, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["generations"] and (tmp_path / "report.html").exists() and found["ranks"][0]["rank"] == 2
-    assert set(found["port"]["bits_per_byte"]["prose"]) == {"base", "code", "bridged", "half of each"}
+    assert set(found["port"]["nats"]["prose"]) == {"base", "code", "bridged", "half of each", "auto"}
     assert found["port"]["generations"][2]["route"] == {"code": 0.5, "bridged": 0.5}
 
 

@@ -13,12 +13,12 @@ import torch
 
 from chassis.adapter import Adapter, combine
 from chassis.bridge.loading import Side, bridge_for, bridged_expert, compare
-from chassis.evaluate import evaluate
-from chassis.experts import LogitBiasExpert, load_expert
+from chassis.experts import load_expert
 from chassis.fit import Base, FitOptions, Progress, fit
 from chassis.models import load_causal_lm
-from chassis.probes import Probe, make_windows
+from chassis.probes import make_windows
 from chassis.results import continuation, measure, routed_generations, summarise
+from chassis.routing import least_surprised, surprise
 from chassis.testbed import Testbed
 
 OPTIONS = FitOptions(rank=32, ranks=(4, 8, 16, 32, 64), max_windows=1000, max_test_windows=256)
@@ -69,22 +69,33 @@ def run_bridge_demo(
 def run_port_demo(testbed: Testbed, out: str | Path) -> dict:
     """The adapters of both chapters, read back from `out`, on one base: who speaks on which prompt, and how well on what.
 
-    {"generations": with routes, "bits_per_byte": {"source" and "prose": {who: bits per byte on held-out text}}}
+    {"generations": with routes, "nats": {"source" and "prose": {who: nats per token}}}: on the second halves of held-out
+    windows, "auto" having chosen by the first.
     """
     base = Base(*load_causal_lm(testbed.base), str(testbed.base))
     adapters = {"code": Adapter.load(out), "bridged": Adapter.load(Path(out) / "bridge")}
-    both = combine([(0.5, adapter) for adapter in adapters.values()])
-    itself = LogitBiasExpert(base.head, torch.zeros(base.head.vocab_size))
-    bits = {}
+    speakers = adapters | {"half of each": combine([(0.5, adapter) for adapter in adapters.values()])}
+    nats = {}
     for domain, documents in testbed.documents.items():
-        windows = make_windows(documents["test"], base.tokenizer)[:PORT_WINDOWS]
-        scores = evaluate(Probe(base.model, itself), windows, base.readout, adapters=adapters | {"half of each": both})
-        bits[domain] = {name: score.bits_per_byte for name, score in ({"base": scores.no_op} | scores.adapters).items()}
+        windows = make_windows(documents["test"], base.tokenizer, minimum=128)[:PORT_WINDOWS]
+        nats[domain] = _second_halves(base, speakers, adapters, [torch.tensor(window.ids).long() for window in windows])
     base.model.generation_config.repetition_penalty = REPETITION_PENALTY
-    prose = testbed.documents["prose"]["test"][0].text[:60]
+    prose = testbed.documents["prose"]["test"][0].text[:200]
     prompts, routes = [PROMPTS[1], prose, PROMPTS[1]], ["auto", "auto", "code=0.5,bridged=0.5"]
     speak = partial(continuation, base.model, base.tokenizer, n_tokens=PORT_TOKENS)
-    return {"generations": routed_generations(base, adapters, prompts, routes, speak), "bits_per_byte": bits}
+    return {"generations": routed_generations(base, adapters, prompts, routes, speak), "nats": nats}
+
+
+def _second_halves(base: Base, speakers: dict, choices: dict, windows: list[torch.Tensor]) -> dict[str, float]:
+    totals = dict.fromkeys(["base", *speakers, "auto"], 0.0)
+    for ids in windows:
+        half = len(ids) // 2
+        first, whole = (surprise(base.model, base.head, speakers, part) for part in (ids[:half], ids))
+        second = {name: (whole[name] * (len(ids) - 1) - first[name] * (half - 1)) / (len(ids) - half) for name in whole}
+        second["auto"] = second[least_surprised({name: first[name] for name in ("base", *choices)})]
+        for name, value in second.items():
+            totals[name] += value / len(windows)
+    return totals
 
 
 def same_by_hand(testbed: Testbed, options: FitOptions = OPTIONS) -> str:

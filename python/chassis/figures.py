@@ -83,7 +83,7 @@ def kl_by_rank(axes: Axes, results: dict) -> bool:
 def kl_by_layer(axes: Axes, results: dict) -> bool:
     """KL of the lens at each layer, the final space last, under the no-op line."""
     layers = [row for row in results.get("layers") or [] if _finite(row.get("kl"))]
-    if not layers:
+    if len(layers) < 2:
         return False
     x = range(len(layers))
     axes.errorbar(x, [row["kl"] for row in layers], _errors(layers), color=CLOSED, marker="o", capsize=3)
@@ -142,7 +142,7 @@ def refinement(axes: Axes, results: dict) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _no_op_line(axes, history.get("no_op_validation_kl"))
     axes.set(title="Refinement", xlabel="step", ylabel="KL(expert ‖ adapted), nats per token")
-    axes.legend(loc="center right", bbox_to_anchor=(1, 0.62))
+    axes.legend(loc="best")
     return True
 
 

@@ -122,9 +122,9 @@ def _show_port(terminal: Terminal, results: dict, out: Path) -> None:
     from chassis.page import Row, Table, number, print_tables
     from chassis.report import print_generations
 
-    bits = results["bits_per_byte"]
-    rows = [Row([who, *(number(scores[who]) for scores in bits.values())]) for who in next(iter(bits.values()))]
-    print_tables([Table("Two experts on one base, bits per byte", ["speaks", *bits], rows)], terminal.console)
+    nats = results["nats"]
+    rows = [Row([who, *(number(scores[who]) for scores in nats.values())]) for who in next(iter(nats.values()))]
+    print_tables([Table("Both on one base: nats per token", ["speaks", *nats], rows)], terminal.console)
     print_generations(results["generations"], terminal.console, routes=True)
     terminal.note(
         f"the same by hand: chassis generate --plug code={out} --plug bridged={out / 'bridge'} --route auto --prompt ..."
