@@ -21,8 +21,9 @@ from chassis.distill.cache import top_k_of
 from chassis.distill.collator import Collator
 from chassis.distill.config import DistillConfig
 from chassis.distill.demo import cross_entropy_only, demo_config
+from chassis.distill.inputs import datasets, load_sides, load_teacher
 from chassis.distill.report import curves
-from chassis.distill.run import datasets, distill, load_sides, load_teacher
+from chassis.distill.run import distill
 from chassis.distill.teachers import batches
 from chassis.models import load_causal_lm, load_tokenizer
 from chassis.page import Row, Table, print_tables

@@ -7,8 +7,8 @@ import torch
 from chassis.distill.cache import Cache, read_index, write_cache
 from chassis.distill.collator import Collator
 from chassis.distill.config import load_config
+from chassis.distill.inputs import load_sides
 from chassis.distill.packing import pack
-from chassis.distill.run import load_sides
 from chassis.errors import ChassisError
 from chassis.models import load_causal_lm, load_tokenizer
 from chassis.text.alignment import align

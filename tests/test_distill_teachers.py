@@ -1,6 +1,7 @@
 """What a teacher gives to the loss: logits, hidden states, or a cache; and that it is let go."""
 
 import gc
+import json
 import weakref
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from chassis.distill.collator import Collator
 from chassis.distill.config import Loss, Teacher
-from chassis.distill.run import datasets, distill, load_sides, load_teacher, write_caches
+from chassis.distill.inputs import datasets, load_sides, load_teacher, write_caches
+from chassis.distill.run import distill
 from chassis.distill.teachers import LiveTeacher, batches
 from chassis.errors import ChassisError, ModelError
 from chassis.models import inspect_head, load_tokenizer
@@ -28,7 +30,16 @@ def test_a_cached_teacher_gives_what_the_live_one_gives(distilling, tiny_testbed
         distill(replace(distilling, out=str(tmp_path / "early")))
     written = write_caches(distilling, lambda *_: None)
     assert [c["samples"] for c in written] == [len(d) for d in datasets(distilling, load_tokenizer(distilling.student))]
+    distilling.teachers[0].model = str(tiny_testbed.expert)
+    with pytest.raises(ChassisError, match=r"cache/train is the cache of .*other_expert, but .*model is .*/expert"):
+        distill(replace(distilling, out=str(tmp_path / "other")))
     distilling.teachers[0].model = None
+    index = tmp_path / "cache/train/index.json"
+    good = index.read_text()
+    index.write_text(good.replace(json.loads(good)["vocabulary_hash"], "0"))
+    with pytest.raises(ChassisError, match="cache/train was made for another tokenizer, that of .*other_expert"):
+        distill(replace(distilling, out=str(tmp_path / "other")))
+    index.write_text(good)
     cached = distill(replace(distilling, out=str(tmp_path / "cached")))
     for name in ("kl_loss", "ce_loss", "eval_kl_loss_t0"):
         assert logged(cached, name) == pytest.approx(logged(live, name), rel=0.02), name  # float16 on disk
@@ -76,7 +87,7 @@ def test_a_head_of_another_kind_is_refused_or_taken_as_logits(distilling, monkey
     def refuse(model):
         raise ModelError("its logits are not softcap(scale * (h Wᵀ + b))")
 
-    monkeypatch.setattr("chassis.distill.run.inspect_head", refuse)
+    monkeypatch.setattr("chassis.distill.inputs.inspect_head", refuse)
     with pytest.raises(ChassisError, match=r"teachers\.0: its logits are not .*teachers\.0\.full_logits=true"):
         load_teacher(distilling, sides, 0)
     distilling.teachers[0].full_logits = True

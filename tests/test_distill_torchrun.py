@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from chassis.distill.config import load_config
-from chassis.distill.run import distill, write_caches
+from chassis.distill.inputs import write_caches
+from chassis.distill.run import distill
 from support import logged
 
 EXEMPLARS = Path(__file__).parents[1] / "examples"

@@ -30,8 +30,9 @@ def distill(
     _check_packages()
     from chassis.cli.loading import quiet
     from chassis.distill.config import load_config
+    from chassis.distill.inputs import write_caches
     from chassis.distill.report import print_report, write_report
-    from chassis.distill.run import distill, is_main_process, write_caches
+    from chassis.distill.run import distill, is_main_process
 
     overrides = list(arguments or [])
     caching = overrides[:1] == ["cache"]

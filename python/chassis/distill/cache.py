@@ -143,6 +143,14 @@ class Cache:
                 "data, packing and order"
             )
 
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise ChassisError unless the cache is of this tokenizer's tokens."""
+        if vocabulary_hash(tokenizer) != self.index.vocabulary_hash:
+            raise ChassisError(
+                f"{self.folder} was made for another tokenizer, that of {self.index.teacher} with {self.index.vocab_size} "
+                f"tokens, here {len(tokenizer)}: write a cache in another folder"
+            )
+
     def batch(self, samples: Sequence[int], input_ids: np.ndarray | torch.Tensor) -> dict[str, torch.Tensor]:
         """{"top_ids" [B, T, k] int64, "top_log_probs" [B, T, k] float16} beside input_ids [B, T] of the same samples."""
         input_ids = torch.as_tensor(input_ids)

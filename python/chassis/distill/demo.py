@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from chassis.distill.config import Data, DistillConfig, Loss, Teacher, Training
-from chassis.distill.run import Progress, distill
+from chassis.distill.inputs import Progress
+from chassis.distill.run import distill
 from chassis.testbed import Testbed
 
 
