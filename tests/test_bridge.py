@@ -13,7 +13,7 @@ from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, add, byte_level, metaspace_bpe, sentencepiece_bpe, unigram, wordpiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chassis_kernels import BridgeTable
 
@@ -179,6 +179,27 @@ def test_padded_rows_of_the_head_get_nothing(base):
     logits = random_logits(plan, 500)
     wide = torch.cat([logits, torch.full((len(logits), 140), 50.0)], 1)
     assert torch.equal(bridges[0].apply(plan, logits).log_q, bridges[1].apply(bridges[1].plan("the dog"), wide).log_q)
+
+
+def test_a_word_with_the_experts_unknown_token_is_unmapped_and_the_next_is_read_again(base):
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    bridge = Bridge.build(TokenBytes.from_tokenizer(tokenizer), base, "canonical")
+    plan = bridge.plan("the ლლ dog")
+    unknown = bridge.expert.roles["unk"]
+    assert unknown in plan.expert_ids
+    result = bridge.apply(plan, random_logits(plan, bridge.expert.width))
+    inside = torch.tensor([not c and not u for c, u in zip(plan.complete, plan.under_way, strict=True)])
+    spaces = [i for i, begin in enumerate(plan.begins.tolist()) if plan.data[begin:].startswith(b" dog")]
+    assert inside.any() and spaces and not inside[spaces[0] :].any() and not inside[:2].any()
+    assert bridge.expert.encode("the ლლ").ids.tolist() in [plan.tree.path(node) for node in plan.complete[spaces[0]]]
+    assert (result.mass[inside] == 0).all() and (result.uncertainty[inside] == 1).all() and (result.mass[~inside] > 0).all()
+    assert torch.allclose(result.log_q.exp().sum(1), torch.ones(len(plan)), atol=1e-5)
+    assert torch.allclose(result.log_q[inside].exp(), torch.tensor(1 / base.width))
+    assert torch.isfinite(bridge.nll(plan, result)).all()
 
 
 def test_specials_by_role_and_name():

@@ -141,8 +141,10 @@ class Bridge:
         """log q [n, V_B], mapped mass [n] and uncertainty [n] at the base positions of a plan.
 
         logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`; base_log_probs [n, V_B], the base's own, for
-        methods that ask it. With the same tokenizer on both sides log q is log_softmax(logits), bit for bit. Raises
-        BridgeError for tensors of another shape, and where the base's are missing.
+        methods that ask it. With the same tokenizer on both sides log q is log_softmax(logits), bit for bit. Within a word
+        that the expert's tokens do not spell (its unknown token) no state is at hand: there log q is the base's unigram
+        distribution, mass 0 and uncertainty 1. Raises BridgeError for tensors of another shape, and where the base's are
+        missing.
         """
         self._check_logits(logits, len(plan.tree))
         if self.identical:
@@ -153,13 +155,14 @@ class Bridge:
             self._check_asked(base_log_probs, len(plan))
             tiles = row_probabilities(states, len(self.leaves), len(self.table.ids))
             parts = [self._weigh(P, base_log_probs[tile], blocked, tile) for tile, P in tiles]
-            return Bridged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            log_q, mass, uncertainty = (torch.cat(column) for column in zip(*parts, strict=True))
+            return self._with_unknown(plan, Bridged(log_q, mass, uncertainty))
         log_q = torch.empty(len(plan), self.base.width, device=logits.device)
         mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
         for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete):
             rows = torch.from_numpy(positions).to(logits.device)
             log_q[rows], mass[rows], uncertainty[rows] = part.log_q, part.mass, part.uncertainty
-        return Bridged(log_q, mass, uncertainty)
+        return self._with_unknown(plan, Bridged(log_q, mass, uncertainty))
 
     def project(
         self,
@@ -274,6 +277,14 @@ class Bridge:
         """[V_E] bool: rows of the expert's head that are no token; None if all are."""
         padding = torch.tensor([role == "padding" for role in self.expert.role_of])
         return padding if padding.any() else None
+
+    def _with_unknown(self, plan: Plan, result: Bridged) -> Bridged:
+        """`result` with the base's unigram distribution where the plan has no state of the expert."""
+        pairs = enumerate(zip(plan.complete, plan.under_way, strict=True))
+        unknown = torch.tensor([i for i, (complete, under_way) in pairs if not complete and not under_way], dtype=torch.long)
+        result.log_q[unknown] = self.unigram.log().to(result.log_q)
+        result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
+        return result
 
     def _weigh(self, P: Tensor, base_log_probs: Tensor, blocked, tile: slice) -> Bridged:
         blocked = None if blocked is None else (blocked[0], blocked[1][tile])

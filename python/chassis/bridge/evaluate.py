@@ -176,8 +176,10 @@ def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None
 
 def _begins(bridge: Bridge, plan: Plan) -> np.ndarray:
     """Bytes [n_trunk] at which the expert's own tokens begin."""
-    lengths = bridge.expert.lengths[plan.expert_ids]
-    return lengths.cumsum() - lengths
+    if bridge.expert.is_text[plan.expert_ids].all():
+        lengths = bridge.expert.lengths[plan.expert_ids]
+        return lengths.cumsum() - lengths
+    return np.append(0, bridge.expert.encode(plan.data.decode()).ends[:-1])  # an unknown token has no bytes of its own
 
 
 def _passage(bridge: Bridge, reading: Reading, result: Bridged, own_nats: Tensor) -> dict:

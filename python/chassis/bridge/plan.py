@@ -114,11 +114,16 @@ class _Grower:
         texts = [piece[:place].decode() + after for place in places for after in FOLLOWING]
         for i, ids in enumerate(self.expert.ids_of(texts)):
             place = places[i // len(FOLLOWING)]
-            ends = np.cumsum(self.expert.lengths[ids])
+            ends = self._ends(ids, texts[i])
             n = int(np.searchsorted(ends, place, side="right"))
             if (n and ends[n - 1] == place or place == 0) and ids[:n] not in found[place]:
                 found[place].append(ids[:n])
         return found
+
+    def _ends(self, ids: list[int], text: str) -> np.ndarray:
+        """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""
+        known = self.expert.is_text[ids].all()
+        return np.cumsum(self.expert.lengths[ids]) if known else self.expert.encode(text).ends
 
 
 def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: str) -> Plan:
