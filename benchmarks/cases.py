@@ -16,6 +16,8 @@ from torch import Tensor
 OPS = (
     "moments",
     "ridge",
+    "ridge_cv",
+    "pca",
     "delta_logits",
     "port",
     "linear_kl",
@@ -42,6 +44,7 @@ class Provider:
     read: Callable[..., tuple[Tensor, ...]] = tensors
     of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = staticmethod(lambda full: full)
     op: str | None = None  # the registered op whose backend the row names
+    approximate: bool = False  # timed whatever its error, which the row names
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class ReducedRankRegression(Regressor):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: expected None or at least 1")
         basis = Eigenbasis.of(everything, self.fit_intercept)
-        (penalty,) = basis.absolute([self.alpha], self.alpha_scale)
-        scale = basis.spectrum.scale(penalty)[0][:, None]
+        penalty = basis.absolute([self.alpha], self.alpha_scale)
+        scale = basis.spectrum.scale(float(penalty))[0][:, None]
         _, values, B = thin_svd(scale.sqrt() * basis.R)
         B = B[:, : self.rank]
         B = B * signs(B)

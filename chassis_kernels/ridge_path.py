@@ -53,27 +53,23 @@ class Eigenbasis:
             R = spectrum.vectors.T @ C
         return cls(spectrum, R, q, mean_x, mean_y, float(fitted.count), intercept)
 
-    def absolute(self, alphas: Sequence[float], alpha_scale: str) -> list[float]:
-        """The penalties on this S; see `solvers.relative_alpha`."""
-        unit = self.spectrum.values.sum() / len(self.mean_x)
-        return [relative_alpha(alpha, alpha_scale, unit) for alpha in alphas]
+    def absolute(self, alphas: Sequence[float], alpha_scale: str) -> Tensor:
+        """The penalties on this S, [A]; see `solvers.relative_alpha`."""
+        unit = float(self.spectrum.values.sum()) / len(self.mean_x)
+        return self.q.new_tensor([relative_alpha(alpha, alpha_scale, unit) for alpha in alphas])
 
-    def scales(self, penalties: Sequence[float]) -> Tensor:
-        """1 / (s + α), [A, r]."""
-        return torch.stack([self.spectrum.scale(alpha, warn=False)[0] for alpha in penalties])
-
-    def degrees_of_freedom(self, penalties: Sequence[float]) -> Tensor:
+    def degrees_of_freedom(self, penalties: Tensor) -> Tensor:
         """Σ s / (s + α), [A]."""
-        return self.scales(penalties) @ self.spectrum.values.clamp_min(0)
+        return self.spectrum.scales(penalties)[0] @ self.spectrum.values.clamp_min(0)
 
-    def gcv(self, penalties: Sequence[float]) -> Tensor:
+    def gcv(self, penalties: Tensor) -> Tensor:
         """GCV_j(α), [A, T]; infinite where as many degrees of freedom as rows are used."""
-        scales, values = self.scales(penalties), self.spectrum.values.clamp_min(0)
+        scales, values = self.spectrum.scales(penalties)[0], self.spectrum.values.clamp_min(0)
         residual = (self.q - (scales * (2 - values * scales)) @ self.R.square()).clamp_min(0)
-        left = 1 - (self.degrees_of_freedom(penalties) + self.intercept) / self.count
+        left = 1 - (scales @ values + self.intercept) / self.count
         return torch.where(left > 1e-9, 1 / left.square(), torch.inf)[:, None] * residual / self.count
 
-    def held_out(self, penalties: Sequence[float], rows: Rows | Moments) -> Tensor:
+    def held_out(self, penalties: Tensor, rows: Rows | Moments) -> Tensor:
         """Σ of the squared errors of rows that were not fitted, [A, T]."""
         V = self.spectrum.vectors
         if isinstance(rows, Rows):
@@ -84,7 +80,7 @@ class Eigenbasis:
             S, C, q = _about(rows, self.mean_x, self.mean_y)
             P, B = V.T @ S @ V, V.T @ C
         errors = []
-        for scale in self.scales(penalties):
+        for scale in self.spectrum.scales(penalties)[0]:
             Z = scale[:, None] * self.R
             errors.append(q + (Z * (P @ Z - 2 * B)).sum(0))
         return torch.stack(errors).clamp_min(0)

@@ -45,44 +45,44 @@ class Spectrum:
         missing = self.vectors.shape[0] - len(self.values)
         return torch.cat([self.values, self.values.new_zeros(missing)]).sort().values if missing else self.values
 
-    def scale(self, alpha: float, *, warn: bool = True) -> tuple[Tensor, float]:
-        """1/(s + α) [r] and the α used: 0, or at least FLOOR times the largest eigenvalue.
+    def scales(self, alphas: Tensor) -> tuple[Tensor, Tensor]:
+        """1/(s + α) [A, r] and the α used [A]: 0, or at least FLOOR times the largest eigenvalue.
 
-        α = 0 inverts S where it is not singular. Warns (RuntimeWarning) when the α asked for is too small to be reliable.
+        α = 0 inverts S where it is not singular.
         """
+        used = torch.where(alphas > 0, alphas.clamp_min(FLOOR * _largest(self.values)), 0.0)
+        shifted = self.values.clamp_min(0) + used[:, None]
+        least = torch.where(alphas > 0, 0.0, _rounding(self.values, len(self.values)))
+        return torch.where(shifted > least[:, None], 1 / shifted, 0.0), used
+
+    def scale(self, alpha: float) -> tuple[Tensor, float]:
+        """`scales` for one α, with a RuntimeWarning when the α asked for is too small to be reliable."""
         values = self.values
-        if len(values) == 0:
-            return values.clone(), alpha
-        positive, largest, floor = values.clamp_min(0), _largest(values), FLOOR * _largest(values)
-        used = alpha if alpha == 0 or alpha >= floor else floor
-        kept = (positive + used) > (_rounding(values, len(values)) if alpha == 0 else 0.0)
-        doubtful = used != alpha or alpha < -float(values[0]) or not (kept.all() or largest == 0)
-        if warn and (doubtful or (alpha == 0 and self._thin)):
-            what = (
-                f"raised to the floor {floor:.3g} (10 eps λ_max)"
-                if used != alpha
-                else "smaller than the rounding error of S"
-            )
-            if alpha == 0:
-                what = f"0 and S has rank {int(kept.sum())}: the solution of minimal norm is returned"
-            warnings.warn(
-                f"ridge: alpha {alpha:.3g} is {what}; cond(S) {condition(self.all_values):.3g}, effective degrees of "
-                f"freedom {degrees_of_freedom(values, used):.1f} of {len(self.vectors)}, {int((values < 0).sum())} "
-                "negative eigenvalues. A larger alpha gives a reliable answer.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return torch.where(kept, 1 / (positive + used), 0.0), used
+        scales, used = self.scales(values.new_tensor([alpha]))
+        scale, used = scales[0], float(used)
+        lost = used > 0 and alpha < -float(values.min()) if len(values) else False
+        singular = alpha == 0 and (len(values) < len(self.vectors) or not scale.all()) and _largest(values) > 0
+        if used == alpha and not lost and not singular:
+            return scale, used
+        what = "smaller than the rounding error of S"
+        if used != alpha:
+            what = f"raised to the floor {used:.3g} (10 eps λ_max)"
+        elif alpha == 0:
+            what = f"0 and S has rank {int((scale > 0).sum())}: the solution of minimal norm is returned"
+        warnings.warn(
+            f"ridge: alpha {alpha:.3g} is {what}; cond(S) {condition(self.all_values):.3g}, effective degrees of freedom "
+            f"{degrees_of_freedom(values, used):.1f} of {len(self.vectors)}, {int((values < 0).sum())} negative "
+            "eigenvalues. A larger alpha gives a reliable answer.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return scale, used
 
     def inverse_roots(self, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
         """(s + α)^(-1/2) [r], 0 where that is rounding error, and where it is not, bool [r]."""
         shifted = self.values.clamp_min(0) + alpha
         kept = shifted > _rounding(self.values, len(self.values))
         return torch.where(kept, shifted.rsqrt(), 0.0), kept
-
-    @property
-    def _thin(self) -> bool:
-        return len(self.values) < len(self.vectors)
 
 
 def condition(values: Tensor) -> float:
@@ -138,7 +138,7 @@ def signs(columns: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> float:
-    return float(values[-1].clamp_min(0))
+    return float(values[-1].clamp_min(0)) if len(values) else 0.0
 
 
 def _rounding(values: Tensor, size: int) -> float:

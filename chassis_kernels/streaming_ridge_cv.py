@@ -121,7 +121,7 @@ class StreamingRidgeCV(Regressor):
                 torch.distributed.all_reduce(both, group=targets)
                 judged, variance = both[:-1], both[-1]
         best = largest_of_the_best(alphas, judged, variance)
-        W, b, used = whole.coefficients(torch.tensor(penalties, dtype=torch.float64, device=errors.device)[best])
+        W, b, used = whole.coefficients(penalties[best])
         return _Solution(W, b, used, best, errors, whole.degrees_of_freedom(penalties))
 
     def _held_out(self, statistics: Statistics) -> Tensor:

@@ -1,8 +1,8 @@
 """Ridge with an intercept from rows X to targets H, alone and through an unembedding W_U [V, D].
 
-`logits` asks for the map from X to H W_Uᵀ. The eager formulation materialises those [N, V] targets and solves for all V
-columns; `fit_ridge(X, H)` gives the same coefficients as the factors W [D, D] and W_U, which is how a lens applies them.
-The product of the factors is formed after the clock has stopped.
+With V > 0 the targets are H W_Uᵀ. The eager formulation materialises them, [N, V], and solves for all V columns;
+`fit_ridge(X, (H, W_U))` gives the same coefficients as two factors, which is how a lens applies them. Their product is
+formed after the clock has stopped.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def case(N: int, D: int, V: int, dtype: str) -> Case:
         return torch.cholesky_solve(x.T @ targets, torch.linalg.cholesky(gram))
 
     def chassis(x, h, head):
-        return fit_ridge(x, h, ALPHA)[0]
+        return fit_ridge(x, (h, head) if V else h, ALPHA)[0]
 
     def through(W, x, h, head):
-        return (W.double() @ head.double().T if V else W,)
+        return (W.hidden.double() @ W.unembedding.double().T if V else W,)
 
     return Case(
         "ridge",
