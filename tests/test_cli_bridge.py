@@ -67,12 +67,12 @@ def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path
     models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert
     result = chassis(
         *("bridge", "eval", *models, *text(work), "--max-windows", 3, "--window", 48),
-        *("--lookahead", "2", "--reference", "4", "--semantic", "-o", tmp_path, "--json"),
+        *("--lookahead", "2", "--reference", "4", "--semantic", "--em", 100, "-o", tmp_path, "--json"),
     )
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
     assert {"counted", "counted, no mask", "canonical", "exact", "lookahead 2", "base alone"} <= set(rows)
-    assert {"exact match through decode", "two segments through decode", "jeffrey", "jeffrey_counted"} <= set(rows)
+    assert {"exact match through decode", "two segments through decode", "jeffrey", "jeffrey_counted", "em"} <= set(rows)
     assert {"semantic: ridge", "semantic: hidden_ridge", "counted, hidden_ridge on open mass"} <= set(rows)
     assert "uncertainty" not in rows["semantic: ridge"] and rows["semantic: ridge"]["unmapped"] == 0
     assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"]
@@ -117,6 +117,8 @@ def test_an_ensemble_of_the_base_alone_is_the_base(tiny_testbed, work):
         expected = base.model(input_ids=ids).logits[0, -1].double().softmax(-1)
     torch.testing.assert_close(p, expected, atol=1e-6, rtol=1e-4)
     assert q.sum() == pytest.approx(1, abs=1e-5) and (q >= 0).all()
+    asking = next_distribution(base, expert, bridge_for(base, expert, "auto", texts).asking_base(), text)[0]
+    assert asking.sum() == pytest.approx(1, abs=1e-5) and (asking - q).abs().sum() > 1e-3
 
 
 def test_bad_requests_are_refused(tiny_testbed, work, tmp_path):

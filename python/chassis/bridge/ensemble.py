@@ -42,18 +42,20 @@ def next_distribution(base: Side, expert: Side, bridge: Bridge, text: str, *, ev
         raise BridgeError(
             f"the end of {text[-20:]!r} joins whatever follows: go on from a text that ends with a whole token"
         )
-    states = ExpertStates(expert.model, expert.opens)
-    logits = states.grow(plan.tree.tokens, plan.tree.parent)
-    if evaluations:
-        q = lookahead(bridge, plan, states, logits, evaluations).log_q[len(ids)]
-    else:
-        q = bridge.apply(plan, logits).log_q[len(ids)]
     bos = base.tokens.roles.get("bos")
     seen = ids if bos is None else np.append(bos, ids)
     if not len(seen):
         raise BridgeError("the prompt is empty and the base has no bos token: give some text to go on from")
     final = capture(base.model, torch.from_numpy(seen)[None]).final[0, -1:]
-    return q.double().exp(), base.head.logits(final)[0].double().softmax(-1)
+    p = base.head.logits(final)[0, : base.tokens.width].double().softmax(-1)
+    states = ExpertStates(expert.model, expert.opens)
+    logits = states.grow(plan.tree.tokens, plan.tree.parent)
+    if evaluations:
+        result = lookahead(bridge, plan, states, logits, evaluations)
+    else:  # of the base's log-probabilities only those of the row that is read need be right
+        log_p = p.log().float().expand(len(plan), -1) if bridge.asks_base else None
+        result = bridge.apply(plan, logits, base_log_probs=log_p)
+    return result.log_q[len(ids)].double().exp(), p
 
 
 def speak(

@@ -12,11 +12,14 @@ from transformers import AutoConfig
 from chassis.bridge.bridge import Bridge
 from chassis.bridge.decoded import METHODS as DECODED
 from chassis.bridge.decoded import decoded_bridge
+from chassis.bridge.em import likeliest
 from chassis.bridge.evaluate import evaluate, windows
 from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.plan import Plan
 from chassis.bridge.reading import Models, Reading, read
 from chassis.bridge.rules import METHODS
 from chassis.bridge.semantic import MODES, OnOpenMass, SemanticHead, head_by_rows, head_by_states
+from chassis.bridge.states import tree_logits
 from chassis.errors import BridgeError
 from chassis.experts import Readout
 from chassis.models import Head, inspect_head, load_tokenizer
@@ -46,6 +49,10 @@ class Side:
             if role in self.tokens.roles:
                 return self.tokens.roles[role]
         raise BridgeError(f"{self.name}: its tokenizer has neither a bos nor an eos token to open a text with")
+
+    def read(self, plan: Plan) -> torch.Tensor:
+        """Logits [n_nodes, V] of this model as the expert, at the nodes of a plan."""
+        return tree_logits(self.model, plan.tree, self.opens)
 
 
 def tokens_of(name: str) -> TokenBytes:
@@ -77,6 +84,7 @@ def compare(
     documents: Mapping[str, Sequence[Document]],
     *,
     semantic: bool = False,
+    em: int = 0,
     window: int = 128,
     progress: Progress = lambda stage, done, total: None,
     **settings,
@@ -84,8 +92,8 @@ def compare(
     """`evaluate` for the bridge `main` with and without its mask, beside the methods that need no text, string matching as
     it is usually done among them; for the report.
 
-    `semantic` adds the heads of `semantic.MODES`, for which both models read documents["fit"]. A bridge between a tokenizer
-    and itself stands alone.
+    `semantic` adds the heads of `semantic.MODES`, for which both models read documents["fit"]; `em` the likeliest table, for
+    which the expert reads so many places of them. A bridge between a tokenizer and itself stands alone.
     """
     from chassis.results import environment
 
@@ -98,6 +106,10 @@ def compare(
         bridges |= {method: (Bridge.build(*pair, method), True) for method in (*METHODS, "jeffrey")}
         if main.method == "counted":
             bridges["jeffrey_counted"] = (main.asking_base(), True)
+        if em:
+            texts = [d.text for d in documents["fit"]]
+            likelier = likeliest(main, texts, expert.read, window=window, positions=em, progress=progress)
+            bridges["em"] = (likelier, True)
         bridges |= {f"{main.method}, no mask": (main, False), main.method: (main, True)}
     models, heads = models_of(base, expert), {}
     if semantic:

@@ -93,7 +93,7 @@ def _projection(student: str, teacher: str, method: str, texts, out: Path, dtype
 
 
 def _bridge(base: str, expert: str, method: str, texts, report, positions: int, dtype: str | None, device: str):
-    from chassis.bridge import Bridge, likeliest, tree_logits
+    from chassis.bridge import Bridge, likeliest
     from chassis.bridge.loading import Side, tokens_of
     from chassis.cli import loading
 
@@ -101,13 +101,7 @@ def _bridge(base: str, expert: str, method: str, texts, report, positions: int, 
         return Bridge.build(tokens_of(expert), tokens_of(base), method, texts)
     texts, side = list(texts), Side(*loading.load_model(expert, dtype, device), expert)
     counted = Bridge.build(side.tokens, tokens_of(base), "counted", texts)
-    return likeliest(
-        counted,
-        texts,
-        lambda plan: tree_logits(side.model, plan.tree, side.opens),
-        positions=positions,
-        progress=report,
-    )
+    return likeliest(counted, texts, side.read, positions=positions, progress=report)
 
 
 def _show_build(terminal: Terminal, table, links, out: Path, notes: list[str]) -> dict:
@@ -140,6 +134,7 @@ def evaluate(
     semantic: Annotated[
         bool, typer.Option("--semantic", help="Also maps between the two unembeddings and between hidden states.")
     ] = False,
+    em: Annotated[int, typer.Option("--em", help="Also the likeliest table: places of --data to read with the expert.")] = 0,
     max_windows: Annotated[int, typer.Option("--max-windows", help="Windows to measure on.", min=1)] = 64,
     text_column: options.TextColumn = "text",
     hub_split: options.HubSplit = "train",
@@ -161,7 +156,7 @@ def evaluate(
     main = bridge_for(*sides, bridge, [d.text for d in documents["fit"]])
     with terminal.progress() as report:
         settings = {"looks": looks, "reference": reference, "window": window, "max_windows": max_windows}
-        settings["semantic"] = semantic
+        settings |= {"semantic": semantic, "em": em}
         results = compare(*sides, main, documents, progress=report, **settings)
     return show(terminal, results, out)
 
