@@ -17,7 +17,7 @@ from torch import Tensor
 from chassis.adapter import Adapter, combine
 from chassis.errors import ChassisError
 from chassis.models import vocabulary_hash
-from chassis_kernels import delta_logits, delta_logits_
+from chassis_kernels import delta_logits, delta_logits_, stack_adapters
 
 BASE = "base"  # the route of rows that no adapter touches
 Route = str | Mapping[str, float]  # a name, or weights of a linear composition
@@ -144,7 +144,7 @@ class _Plan(NamedTuple):
     V: Tensor  # [r, K] or [A, r, K]
     bias: Tensor
     mean: Tensor
-    cols: Tensor | None  # [K]
+    cols: Tensor | None  # [K] or [A, K]
     ids: Tensor | None  # [requests] int64, -1 is the base
 
     def to(self, device: torch.device) -> _Plan:
@@ -173,22 +173,12 @@ def _plan(routes: Sequence[Route], adapters: Mapping[str, Adapter]) -> _Plan | N
     if len(set(ids)) == 1:
         only = chosen[0]
         return _Plan(only.U, only.V, only.bias, only.mean, only.cols, None)
-    return _Plan(*_stack(chosen), torch.tensor(ids))
-
-
-def _stack(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """U [A, D, r], V [A, r, K], bias [A, K], mean [A, D] and the columns they share; ranks padded with zeros.
-
-    Adapters of different columns are spread over the vocabulary.
-    """
-    first = adapters[0].cols
-    shared = all((a.cols is None) == (first is None) and (first is None or torch.equal(a.cols, first)) for a in adapters)
-    sides = [(a.V, a.bias) if shared else a.full_columns() for a in adapters]
-    rank = max(a.rank for a in adapters)
-    U = torch.stack([torch.nn.functional.pad(a.U, (0, rank - a.rank)) for a in adapters])
-    V = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, rank - len(v))) for v, _ in sides])
-    bias, mean = torch.stack([bias for _, bias in sides]), torch.stack([a.mean for a in adapters])
-    return U, V, bias, mean, first if shared else None
+    names = "U", "V", "bias", "mean"
+    stacked = {name: [getattr(adapter, name) for adapter in chosen] for name in names}
+    columns = [adapter.cols for adapter in chosen]
+    if any(cols is not None for cols in columns):
+        stacked["cols"] = columns
+    return _Plan(**stack_adapters(**stacked), ids=torch.tensor(ids))
 
 
 def _rows(ids: Tensor, logits: Tensor) -> Tensor:
