@@ -21,11 +21,12 @@ from chassis.distill.cache import top_k_of
 from chassis.distill.collator import Collator
 from chassis.distill.config import DistillConfig
 from chassis.distill.demo import cross_entropy_only, demo_config
+from chassis.distill.fused_head import fused_loss, without_logits
 from chassis.distill.inputs import datasets, load_sides, load_teacher
 from chassis.distill.report import curves
 from chassis.distill.run import distill
 from chassis.distill.teachers import batches
-from chassis.models import load_causal_lm, load_tokenizer
+from chassis.models import inspect_head, load_causal_lm, load_tokenizer
 from chassis.page import Row, Table, print_tables
 from chassis.testbed import build
 from rich.console import Console
@@ -45,6 +46,7 @@ def step_table(config: DistillConfig, n_batches: int, rounds: int) -> Table:
     teachers = [load_teacher(config, sides, i) for i in range(len(config.teachers))]
     collator = Collator(tokenizer, sides.tokenizers, sides.exact_only, config.data.max_tokens)
     student, _ = load_causal_lm(config.student, dtype=torch.float32)
+    head = inspect_head(student)
     optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-5)
     options = {"dynamic_loss_scaling": False, "ce_loss_scale": 1.0}
     loss_of = {n: replace(sides.loss, teachers=sides.loss.teachers[:n], **options) for n in (1, len(teachers))}
@@ -67,6 +69,14 @@ def step_table(config: DistillConfig, n_batches: int, rounds: int) -> Table:
         rest = {"input_ids": ids, "token_mask": mask, "sample_mask": inputs["sample_mask"]}
         return xtoken_loss(logits, found, loss_of[len(found)], **rest)[0]
 
+    def hidden_states(inputs, found):
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with without_logits(head.unembedding) as hidden:
+            student(**ids, use_cache=False)
+        n_tokens, n_chunks = inputs["counts"][:2]
+        teacher = found[0]._replace(global_valid_chunks=n_chunks)
+        return fused_loss(head, *hidden, teacher, loss_of[1], inputs, n_tokens)[0]
+
     seconds: dict[str, list[float]] = {}
     for start in range(0, n_batches * size, size):
         inputs = collator([samples[i] for i in range(start, start + size)])
@@ -76,6 +86,7 @@ def step_table(config: DistillConfig, n_batches: int, rounds: int) -> Table:
                 "cross-entropy": (cross_entropy, ()),
                 f"one teacher, cached top {top_k}": (ours, [cached]),
                 "one teacher, live": (ours, found[:1]),
+                "one teacher, live, fused_head": (hidden_states, found[:1]),
                 "both teachers, live": (ours, found),
             }
             for _ in range(rounds):

@@ -52,7 +52,7 @@ def words(case, tiny_testbed, documents, out):
     data = {"train": f"[{documents}/fit.jsonl]", "validation": f"[{documents}/validation.jsonl]"}
     data |= {"pack_length": 300, "max_tokens": 64}
     steps = {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "warmup_steps": 1, "learning_rate": 1e-3, "device": "cpu"}
-    steps |= {"evaluate_every": 3}
+    steps |= {"evaluate_every": 3, "workers": 0}
     found = {"student": tiny_testbed.base, "out": out}
     found |= {f"data.{key}": value for key, value in data.items()} | {f"training.{key}": v for key, v in steps.items()}
     for i in range(len(load_config(path).teachers)):

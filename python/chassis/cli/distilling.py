@@ -49,7 +49,7 @@ def distill(
             )
         return {"caches": caches}
     with terminal.progress() as report:
-        results = distill(settings, report)
+        results = distill(settings, report if is_main_process() else lambda *_: None)
     if is_main_process():
         page = write_report(results, settings.out)
         print_report(results, terminal.console)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from chassis.bridge.projection import build_projection, counted_projection
 from chassis.bridge.projection_file import load_projection
-from chassis.distill.cache import Cache, write_cache
+from chassis.distill.cache import Cache, read_index, write_cache
 from chassis.distill.collator import Collator
 from chassis.distill.config import DistillConfig
 from chassis.distill.config import Teacher as TeacherOptions
@@ -102,7 +102,7 @@ def load_teacher(config: DistillConfig, sides: Sides, i: int) -> Teacher:
     """Teacher i: its cache if it has one, else its model, which gives hidden states where the loss takes them."""
     given, size = config.teachers[i], sides.loss.teachers[i].vocab_size
     if given.cache is not None:
-        return CachedTeacher(size, given.cache, sides.projections[i])
+        return CachedTeacher(size, read_index(Path(given.cache) / "train").teacher, sides.projections[i])
     model, _ = load_causal_lm(given.model)
     whole = given.full_logits or needs_logits(sides.loss, i) or size <= sides.loss.vocab_topk
     return LiveTeacher(model, size, given.model, sides.projections[i], given.offload, None if whole else _head(model, i))

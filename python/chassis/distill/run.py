@@ -55,6 +55,7 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
     measuring = None if validation is None else collator(config, sides, "validation", validation)
     teachers = [load_teacher(config, sides, i) for i in range(len(config.teachers))]
     student, _ = load_causal_lm(config.student, dtype=torch.float32)  # what AdamW updates, whatever the precision
+    student.config.pad_token_id = student.generation_config.pad_token_id = sides.student.pad_token_id
     checkpoint = _newest_checkpoint(out)
     arguments = training_arguments(config, resumed=checkpoint is not None)
     set_seed(config.training.seed)
