@@ -74,6 +74,34 @@ def test_same_tokenizer_is_bit_exact(expert):
     assert torch.equal(bridge.project(logits).log_q, torch.log_softmax(logits, 1))
 
 
+def text_of(tokens, index):
+    return tokens.bytes[index].decode(errors="ignore")
+
+
+@pytest.mark.parametrize("method", ["canonical", "exact", "counted"])
+def test_a_permuted_vocabulary_permutes_the_probabilities(expert, method):
+    """The control of what a bridge itself costs: the same tokens under other ids."""
+    state = json.loads(byte_level(500).backend_tokenizer.to_str())
+    order = np.append(0, 1 + np.random.default_rng(0).permutation(expert.width - 1))
+    state["model"]["vocab"] = {piece: int(order[index]) for piece, index in state["model"]["vocab"].items()}
+    permuted = TokenBytes.from_tokenizer(Tokenizer.from_str(json.dumps(state)))
+    permuted.roles["eos"], permuted.role_of[0] = 0, "eos"  # a bare tokenizer names no roles
+    bridge = Bridge.build(expert, permuted, method, TEXTS * 10)
+    assert not bridge.identical and bridge.coverage()["byte_equal_share"] == 1
+    plan = bridge.plan("the quick brown fox\n    jumps")
+    logits = random_logits(plan, expert.width)
+    projected = bridge.project(logits).log_q.exp()
+    alone = [i for i in np.flatnonzero(expert.is_text).tolist() if expert.encode(text_of(expert, i)).ids.tolist() == [i]]
+    assert len(alone) > 200 and (bridge.table.dense()[alone, order[alone]] == 1).all()
+    if method == "exact":  # by the others, tokens that no text is cut into stand for those it is cut into
+        assert torch.allclose(projected[:, order], logits.softmax(1), atol=1e-6)
+    result = bridge.apply(plan, logits, masked=False)
+    known = [i for i in range(len(plan)) if len(plan.complete[i]) == 1 and not plan.under_way[i]]
+    assert len(known) >= 4
+    for i in known:
+        assert torch.allclose(result.log_q[i].exp()[order], projected[plan.complete[i][0]][order], atol=1e-6)
+
+
 def test_byte_level_base_equals_brute_force():
     """Every state and every expert token, asked one by one which byte it puts next."""
     expert, base = bpe("ab c", ("a", "b"), (" ", "c"), ("ab", "a"), ("b", "c")), bpe("ab c")
