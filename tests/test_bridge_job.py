@@ -23,7 +23,7 @@ def ladder(request, sides, testbed):
     base, expert = sides
     documents = testbed.documents[request.param]
     counted = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
-    found = compare(base, expert, counted, documents, semantic=request.param == "prose", max_windows=48)
+    found = compare(base, expert, counted, documents, semantic=request.param == "prose", max_windows=32)
     return request.param, {row["name"]: row for row in found["rows"]}
 
 

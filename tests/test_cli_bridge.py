@@ -132,6 +132,7 @@ def test_bad_requests_are_refused(tiny_testbed, work, tmp_path):
             "expected 0 (the expert alone) to 1",
         ),
         (("bridge", "build", *pair, "--method", "magic"), "method 'magic'"),
+        (("bridge", "build", *pair, "--method", "exact", "-o", tmp_path / "b.png"), "are .safetensors files"),
         (("bridge", "build", tmp_path / "no", pair[1], "--method", "exact"), "no such folder"),
         (("fit", "--base", pair[0], "--expert", pair[1], *text(work)), "different vocabularies"),
         (("fit", "--base", pair[0], "--expert", pair[1], "--bridge", tmp_path / "no.st", *text(work)), "no such bridge"),

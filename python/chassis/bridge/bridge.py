@@ -10,8 +10,8 @@
     q(b) = P(the next token of the base's encoding is b | the text so far ends where one of its tokens ends)
 
 Row i of the result predicts plan.base_ids[i] and depends on the text before it alone. `project` maps single distributions,
-given full logits or a top-k list, where the expert's and the base's tokens end together. Methods of `jeffrey` take the base's
-log-probabilities too; `em.likeliest` fits a counted bridge to what the expert says.
+given full logits or a top-k list, where the expert's and the base's tokens end together. Methods of `jeffrey` also take the
+base's log-probabilities; `em.likeliest` fits a counted bridge to what the expert says.
 """
 
 from __future__ import annotations

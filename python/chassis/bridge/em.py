@@ -77,7 +77,7 @@ class Evidence:
     n_positions: int = 0
 
     def add(self, states: States, seen: int = 0) -> None:
-        """Add the positions of a plan that begin at byte `seen` or after."""
+        """Add the positions of a plan that begin at byte `seen` or after, but for those the expert holds impossible."""
         ids, width = states.plan.base_ids, self.support.base.width
         keys, values, lengths = [], [], []
         for tile, P in row_probabilities(states, self.n_rows):

@@ -57,6 +57,8 @@ def build(
 
     if method in COUNTED and not data:
         raise ChassisError(f"method {method} needs text to count on: give --data, or --method canonical (projection)")
+    if out.suffix != ".safetensors":
+        raise ChassisError(f"--out {out}: bridges and projections are .safetensors files; a heat map, .png, goes beside")
     quiet()
     documents = load_documents(data, text_column=text_column, split=hub_split, limit=max_documents) if data else ()
     texts = (d.text for d in documents)
