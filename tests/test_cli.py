@@ -175,6 +175,8 @@ def test_export_writes_peft(work, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     folded = chassis("export", "--adapter", work / "out", "--bias", "fold", "-o", tmp_path / "folded", "--json")
     assert "rank 5" in json.loads(folded.stdout)["notices"][0]
+    padded = chassis("export", "--adapter", work / "out", "--pad", "-o", tmp_path / "padded", "--json")
+    assert padded.exit_code == 0 and json.loads((tmp_path / "padded" / "adapter_config.json").read_text())["r"] == 8
     back = chassis("import", "--peft", tmp_path, "--base", work / "base", "-o", tmp_path / "back", "--json")
     assert back.exit_code == 0 and Adapter.load(tmp_path / "back").rank == 4
 

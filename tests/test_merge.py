@@ -13,6 +13,7 @@ from chassis.errors import ChassisError
 from chassis.merge import merge, merge_to
 from chassis.models import load_causal_lm, vocabulary_hash
 from chassis.port import attach
+from safetensors.torch import load_file, save_file
 from support import LiveMemory, fitted, pair
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
@@ -134,6 +135,20 @@ def test_half_precision_checkpoints_keep_their_dtype_and_round_once(saved, ids, 
     with attach(base.model, folded):
         wanted = logits(base.model, ids).float()
     assert (logits(again, ids).float() - wanted).norm() < 8 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_names_without_prefix_and_a_head_stored_though_tied_are_merged_as_loaded(saved, ids, tmp_path):
+    """Old checkpoints leave the model's prefix out; a stored head that differs from the embedding is the one that counts."""
+    _, adapter, folder = saved("gpt2", shard="1GB")
+    file = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    for kind, head in {"none": None, "same": tensors["wte.weight"], "own": tensors["wte.weight"] * 2}.items():
+        stored = {} if head is None else {"lm_head.weight": head.clone()}
+        save_file(tensors | stored, file, metadata={"format": "pt"})
+        base, _ = load_causal_lm(folder)
+        merge_to(folder, adapter, tmp_path / kind)
+        merge(base, adapter)
+        assert torch.equal(logits(load_causal_lm(tmp_path / kind)[0], ids), logits(base, ids))
 
 
 def test_memory_is_for_a_block_and_not_for_the_head(saved, tmp_path, monkeypatch):

@@ -109,8 +109,8 @@ def merge_to(base: str | Path, adapter: Adapter, folder: str | Path, *, bias: st
 
 
 def _names(source: Stored) -> dict[str, str]:
-    """What the source's files are called in the merged checkpoint; a tied head comes last, in a file of its own."""
-    n_files = len(source.files) + source.tied
+    """What the source's files are called in the merged checkpoint; a head that they lack comes last, in its own file."""
+    n_files = len(source.files) + source.lacks_head
     numbered = [f"model-{i + 1:05d}-of-{n_files:05d}.safetensors" for i in range(n_files)]
     names = numbered if n_files > 1 else ["model.safetensors"]
     return dict(zip([*source.files, ""], names, strict=False))
@@ -118,7 +118,7 @@ def _names(source: Stored) -> dict[str, str]:
 
 def _check_room(source: Stored, folder: Path) -> None:
     needed = sum((source.folder / name).stat().st_size for name in source.files)
-    needed += source.tied * source.head.row_bytes * source.head.shape[0]
+    needed += source.lacks_head * source.head.row_bytes * source.head.shape[0]
     if (free := shutil.disk_usage(folder).free) < needed:
         raise ChassisError(f"{folder.parent}: the copy takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
@@ -134,18 +134,19 @@ def _copy(source: Stored, folder: Path) -> None:
 def _change(source: Stored, adapter: Adapter, folded: Adapter, folder: Path) -> None:
     """The merged head (and bias) into the copies in `folder`, and an index if there are several."""
     names = _names(source)
-    if source.tied:
+    if source.lacks_head:
         target = source.head.create(folder / names[""], source.head_name)
-        config = folder / "config.json"
-        config.write_text(json.dumps(_untied(json.loads(config.read_text())), indent=2))
     else:
         target = _copied(source.head, names, folder)
+    if source.tied:
+        config = folder / "config.json"
+        config.write_text(json.dumps(_untied(json.loads(config.read_text())), indent=2))
     for start, stop in _blocks(*source.head.shape):
         target.write(start, _merged(source.head.read(start, stop), folded, start))
     if source.bias is not None:
         bias = _copied(source.bias, names, folder)
         bias.write(0, _merged_bias(bias.read(0, bias.shape[0]), adapter))
-    if len(names) > 1 or source.tied:
+    if len(names) > 1:
         shards = {name: entries(folder / name) for name in names.values()}
         size = sum((folder / name).stat().st_size for name in shards)
         weights = {key: name for name, shard in shards.items() for key in shard}

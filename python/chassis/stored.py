@@ -71,7 +71,10 @@ def entries(path: Path) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Stored:
-    """`head` [V, D] is the entry of the input embedding where the two are `tied`; `head_name` the head's own name."""
+    """`head` [V, D] is the entry of the input embedding where a `tied` checkpoint does not store its head (`lacks_head`).
+
+    `head_name` is the head's name in the model.
+    """
 
     folder: Path
     files: list[str]
@@ -79,6 +82,7 @@ class Stored:
     head_name: str
     bias: Entry | None
     tied: bool
+    lacks_head: bool
 
     @classmethod
     def find(cls, base: str | Path) -> Stored:
@@ -101,9 +105,10 @@ class Stored:
         embedding = model.get_input_embeddings()
         tied = head.weight is embedding.weight
         found = _by_module(model, {key: entry for file in files for key, entry in entries(folder / file).items()})
-        read = next(key for key, module in model.named_modules() if module is embedding) if tied else name
+        lacks_head = tied and f"{name}.weight" not in found
+        read = next(key for key, module in model.named_modules() if module is embedding) if lacks_head else name
         bias = _pick(found, f"{name}.bias", base) if getattr(head, "bias", None) is not None else None
-        return cls(folder, files, _pick(found, f"{read}.weight", base), f"{name}.weight", bias, tied)
+        return cls(folder, files, _pick(found, f"{read}.weight", base), f"{name}.weight", bias, tied, lacks_head)
 
 
 def _local(base: str | Path) -> Path:
