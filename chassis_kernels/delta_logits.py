@@ -261,6 +261,7 @@ _OP_ = backends.register(
     fake=lambda *arguments: None,
     example=_example,
     cpu=backends.Implementation(_cpu_, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("delta_logits", "delta_logits_"),
 )
 backends.register(
     f"delta_logits(Tensor logits, {_ARGUMENTS}) -> Tensor",
@@ -268,5 +269,6 @@ backends.register(
     fake=lambda logits, *arguments: torch.empty_like(logits),
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
+    triton=backends.triton_kernel("delta_logits", "delta_logits"),
 )
 torch.library.register_autograd("chassis::delta_logits", _backward, setup_context=_setup_context, lib=backends.library)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_delta_logits import DTYPES, both_backends, problem, truth
+from test_delta_logits import DTYPES, every_backend, problem, those_that_check, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chassis_kernels import delta_logits, delta_logits_, stack_adapters, use_backend
@@ -29,7 +29,7 @@ def stack(adapters=3, v=50, dtype=torch.float32, seed=0):
     return lists, stack_adapters(**lists)
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 9, 200])
 def test_adapters_with_their_own_ranks_and_columns_equal_a_call_each(backend, n, dtype):
@@ -46,7 +46,7 @@ def test_adapters_with_their_own_ranks_and_columns_equal_a_call_each(backend, n,
     assert torch.allclose(together, want, rtol=torch.finfo(dtype).eps, atol=2e-5)
 
 
-@both_backends
+@every_backend
 def test_columns_of_minus_one_are_nowhere(backend):
     for n in (3, 150):
         logits, hidden = torch.zeros(n, 6), torch.ones(n, 1)
@@ -58,7 +58,7 @@ def test_columns_of_minus_one_are_nowhere(backend):
         assert torch.equal(logits, want[ids])
 
 
-@both_backends
+@those_that_check
 @pytest.mark.parametrize("bad", [-2, 50])
 def test_a_column_out_of_range_is_found_in_adapters_that_are_used(backend, bad):
     _, stacked = stack()
@@ -87,7 +87,7 @@ def test_gradcheck_with_own_columns():
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@both_backends
+@every_backend
 def test_opcheck_with_own_columns(backend):
     _, stacked = stack()
     inputs = torch.randn(4, 50), torch.randn(4, 40), *stacked.values(), torch.tensor([2, 0, -1, 1])

@@ -20,6 +20,8 @@ from chassis_kernels.triton import tuning
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E): hosts pass LOG2E / τ, which costs the kernel nothing
 LN2 = tl.constexpr(0.6931471805599453)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
+INTERPRETED = tl.constexpr(backends.interpreting())
+PRECISION = tl.constexpr("ieee" if backends.interpreting() else "bf16x6")
 
 
 def launch(op: str, kernel, grid: Callable[[dict], tuple[int, ...]], size: int, /, **arguments) -> None:
@@ -63,6 +65,17 @@ def online(best, total, x, scale):
     """(max, Σ exp2((x - max) scale)) of what was seen, from (-inf, 0) on, with the values x added; -inf adds nothing."""
     new = tl.maximum(best, finite_max(x, 0))
     return new, total * tl.exp2((best - new) * scale) + tl.sum(tl.exp2((x - new) * scale), 0)
+
+
+@triton.jit
+def dot(left, right, total):
+    """total + left right, summed in float32; two factors of one half type as they are, others as float32.
+
+    A float32 is three bfloat16, of whose nine products the six above its last digit are summed.
+    """
+    if left.dtype != right.dtype or INTERPRETED:  # the interpreter would multiply the bits of a bfloat16
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit

@@ -4,8 +4,8 @@
 //   few rows   the threads share each group: depth blocks of U by strips of its columns, then strips of V, both read once as
 //              they lie in memory (stream.h). Partial sums are added in a fixed order, whatever the number of threads.
 //   many rows  U and V are packed once, then each thread takes whole blocks of rows from hidden states to logits.
-// A change is summed in fp32 and added to its logit with one rounding, also where columns repeat. Few rows of bf16 with U and
-// V of bf16 are multiplied as pairs: hidden U - mean U with the mean as three bf16 that add up to it, and the product of
+// A change is summed in fp32 and added to its logit with one rounding, also where columns repeat. Few rows are multiplied as
+// pairs of bf16 where all is bf16: hidden U - mean U with the mean as three bf16 that add up to it, and the product of
 // rank r as two, 16 of its 24 bits.
 #include <algorithm>
 #include <numeric>
@@ -187,7 +187,8 @@ class Update {
   }
 
   void few_rows() {
-    bool pairs = g.hidden.dtype == DType::bf16 && g.U.dtype == DType::bf16 && g.V.dtype == DType::bf16 && has_bf16_products();
+    bool pairs = has_bf16_products();
+    for (const Matrix* m : {&g.logits, &g.hidden, &g.U, &g.V}) pairs &= m->dtype == DType::bf16;
     int64_t n = row_order.size(), fold = pairs ? 2 : 1, extra = mean_lines(pairs), ld = pairs ? kKc / 2 : kKc;
     int64_t ldp = round_up(rank, kLanes), ldr = round_up(rank, kLanes) / fold, lines = n + groups.size() * extra;
     int64_t most = 0, most_sums = 0, ldc = round_up(columns, kLanes);
