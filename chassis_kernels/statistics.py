@@ -82,7 +82,7 @@ class Statistics:
         kept, n_bad = rows.screened(batch, kept, nan)
         batch = rows.selected(batch, kept)
         if fold is not None and kept is not None:
-            fold = fold[kept]
+            fold = fold[kept.to(fold.device)]
         self.rows += len(batch[0])
         self.dropped += n_bad
         if self._held is not None:

@@ -242,7 +242,7 @@ class Regressor(StreamingEstimator):
     def predict(self, X: Any) -> Any:
         """Predictions [N, T], or [N] after a one-dimensional y, of the kind of X."""
         rows, solution = self._finite_rows(X), self._solved()
-        predicted = torch.addmm(solution.b.to(rows.dtype), rows, solution.W.to(rows.dtype))
+        predicted = torch.addmm(solution.b.to(rows), rows, solution.W.to(rows))
         return like(predicted.squeeze(1) if self._flat else predicted, X)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:

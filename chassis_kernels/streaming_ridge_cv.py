@@ -101,7 +101,7 @@ class StreamingRidgeCV(Regressor):
             return 1
         if self.n_folds < 2:
             raise ValueError(f"n_folds={self.n_folds}: expected at least 2")
-        return self.n_folds
+        return int(self.n_folds)
 
     def _solve(self, everything: Rows | Moments, targets: torch.distributed.ProcessGroup | None = None) -> _Solution:
         if len(self.alphas) == 0:

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from estimator_problems import ESTIMATORS, batches, joined, outcome
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support import BUDGET
 
 from chassis_kernels import StreamingPCA, StreamingRidge, StreamingRidgeCV
 
@@ -83,6 +86,23 @@ def test_merged_parts_equal_one_pass(name, dtype):
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4  # centring by part in float32; float32 results
     torch.testing.assert_close(outcome(merged, parts[0][0]), outcome(whole, parts[0][0]), rtol=tolerance, atol=tolerance)
     assert torch.equal(outcome(right, parts[0][0]), right_before)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 118), max_size=8),
+    name=st.sampled_from(list(ESTIMATORS)),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+@BUDGET
+def test_any_split_into_batches_equals_one(cuts, name, dtype):
+    make, options = ESTIMATORS[name]
+    whole, edges = joined(batches(**options, dtype=dtype)), sorted({0, 119, *cuts})
+    parts = make()
+    for a, b in zip(edges, edges[1:], strict=False):
+        parts.partial_fit(*(t if t is None else t[a:b] for t in whole))
+    tolerance = 1e-8 if dtype == torch.float64 else 2e-4  # centring by batch in float32; float32 results
+    expected = outcome(make().fit(*whole), whole[0])
+    torch.testing.assert_close(outcome(parts, whole[0]), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_names_and_shapes_of_what_was_fitted_are_kept(tmp_path):
