@@ -10,7 +10,8 @@ All of it is known from the text before the position. Then what cannot follow th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,14 @@ class Mixture(NamedTuple):
     rows: np.ndarray  # [m] rows of their residuals
 
 
+class Mixtures(NamedTuple):
+    """The mixtures of all positions [n] one after the other, and where those of each begin, [n + 1]."""
+
+    everything: Mixture
+    complete_start: np.ndarray
+    start: np.ndarray
+
+
 class States:
     """Logits [n_nodes, >= V_E] at the nodes of a plan's tree, with log P of the token that leads to each node."""
 
@@ -46,40 +55,73 @@ class States:
         self.lse = torch.cat([(part.float() / temperature).logsumexp(1) for part in self.logits.split(256)])
         tree = plan.tree
         edge = self.log_p(torch.from_numpy(tree.parent[1:]), torch.from_numpy(tree.tokens[1:])).double().cpu().numpy()
-        self.path = np.zeros(len(tree))  # log P of the tokens that lead to a node
-        for node, log_p in enumerate(edge, 1):
-            self.path[node] = self.path[tree.parent[node]] + log_p
+        path = [0.0]
+        for parent, log_p in zip(tree.parent[1:].tolist(), edge.tolist(), strict=True):
+            path.append(path[parent] + log_p)
+        self.path = np.array(path)  # log P of the tokens that lead to a node
 
     def log_p(self, nodes: Tensor | int, tokens: Tensor) -> Tensor:
         """log P(token | node), elementwise, float32."""
         tokens = tokens.to(self.logits.device)
         return self.logits[nodes, tokens].float() / self.temperature - self.lse[nodes]
 
+    @cached_property
+    def mixtures(self) -> Mixtures:
+        """What may be at hand at every position."""
+        plan, none = self.plan, np.zeros(0, dtype=np.int64)
+        begun = [(int(plan.tree.tokens[node]), bytes_) for pairs in plan.under_way for node, bytes_ in pairs]
+        tokens, rows = zip((none, none), *(self.under_way.after(*key) for key in begun), strict=True)
+        sizes = np.array([len(part) for part in tokens[1:]], dtype=np.int64)
+        nodes = np.array([node for pairs in plan.under_way for node, _ in pairs], dtype=np.int64)
+        pairs_start = _start([len(pairs) for pairs in plan.under_way])
+        start = _start(sizes)[pairs_start]
+        nodes = np.repeat(nodes, sizes)
+        log_p = self.log_p(torch.from_numpy(nodes), torch.from_numpy(np.concatenate(tokens)))
+        logs = log_p.double().cpu().numpy() + self.path[nodes]
+        complete = np.array([node for nodes in plan.complete for node in nodes], dtype=np.int64)
+        shares, complete_start = self.path[complete], _start([len(nodes) for nodes in plan.complete])
+        total = np.logaddexp(_log_sums(logs, start), _log_sums(shares, complete_start))
+        total[total == -np.inf] = 0.0
+        shares, logs = shares - np.repeat(total, np.diff(complete_start)), logs - np.repeat(total, np.diff(start))
+        return Mixtures(Mixture(complete, shares, logs, np.concatenate(rows)), complete_start, start)
+
     def mixture(self, position: int) -> Mixture:
         """The states and tokens that may be at hand at a position, with their shares."""
-        complete = np.array(self.plan.complete[position], dtype=np.int64)
-        shares, logs, rows = self.path[complete], [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-        for node, begun in self.plan.under_way[position]:
-            tokens, residuals = self.under_way.after(int(self.plan.tree.tokens[node]), begun)
-            logs.append(self.log_p(node, torch.from_numpy(tokens)).double().cpu().numpy() + self.path[node])
-            rows.append(residuals)
-        logs, rows = np.concatenate(logs), np.concatenate(rows)
-        total = np.logaddexp.reduce(np.concatenate([logs, shares, [-np.inf]]))
-        total = 0.0 if total == -np.inf else total
-        return Mixture(complete, shares - total, logs - total, rows)
+        everything, *starts = self.mixtures
+        complete, listed = (slice(start[position], start[position + 1]) for start in starts)
+        return Mixture(
+            everything.complete[complete], everything.shares[complete], everything.logs[listed], everything.rows[listed]
+        )
 
-    def rows(self, mixtures: list[Mixture]) -> tuple[Tensor, Tensor]:
+    def rows(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits [n, V_E] of the complete states, several of a position mixed into one row, and their log shares [n]."""
-        nodes = torch.tensor([m.complete[0] if len(m.complete) else 0 for m in mixtures], device=self.logits.device)
-        logits = self.logits[nodes]
-        share = [np.logaddexp.reduce(np.append(m.shares, -np.inf)) for m in mixtures]
-        for row, m in enumerate(mixtures):
-            if len(m.complete) > 1:
-                states = torch.from_numpy(m.complete).to(logits.device)
-                weights = torch.from_numpy(m.shares).float().to(logits.device)
-                log_p = self.logits[states].float() / self.temperature - self.lse[states][:, None]
-                logits[row] = ((log_p + weights[:, None]).logsumexp(0) * self.temperature).to(logits.dtype)
-        return logits, torch.tensor(share, dtype=torch.float32, device=logits.device)
+        everything, start, _ = self.mixtures
+        first, n = start[positions], start[positions + 1] - start[positions]
+        nodes = np.where(n > 0, np.append(everything.complete, 0)[first], 0)
+        logits = self.logits[torch.from_numpy(nodes).to(self.logits.device)]
+        for row in np.flatnonzero(n > 1).tolist():
+            mixture = self.mixture(int(positions[row]))
+            states = torch.from_numpy(mixture.complete).to(logits.device)
+            weights = torch.from_numpy(mixture.shares).float().to(logits.device)
+            log_p = self.logits[states].float() / self.temperature - self.lse[states][:, None]
+            logits[row] = ((log_p + weights[:, None]).logsumexp(0) * self.temperature).to(logits.dtype)
+        share = _log_sums(everything.shares, start)[positions]
+        return logits, torch.from_numpy(share).float().to(logits.device)
+
+
+def _start(sizes: Sequence[int]) -> np.ndarray:
+    """Where each of consecutive stretches of these sizes begins, and where the last one ends."""
+    return np.append(0, np.cumsum(sizes, dtype=np.int64))
+
+
+def _log_sums(logs: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """log Σ exp of each stretch logs[start[i]:start[i + 1]]; -inf of an empty one."""
+    which = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    top = np.full(len(start) - 1, -np.inf)
+    np.maximum.at(top, which, logs)
+    finite = np.where(top == -np.inf, 0.0, top)
+    with np.errstate(divide="ignore"):
+        return np.log(np.bincount(which, np.exp(logs - finite[which]), len(top))) + finite
 
 
 def project_positions(
@@ -90,26 +132,27 @@ def project_positions(
     normalize: bool,
 ) -> Iterator[tuple[np.ndarray, Bridged]]:
     """(positions, what `bridge_project` gives for them) in chunks of bounded size; each position once, in any order."""
-    mixtures = {int(p): states.mixture(int(p)) for p in positions}
-    ordered = sorted(mixtures, key=lambda p: len(mixtures[p].rows))
+    start = states.mixtures.start
+    width = np.diff(start)[positions]
+    order = np.argsort(width, kind="stable")
+    ordered, width = positions[order], width[order]
     begin = 0
     while begin < len(ordered):
         end = begin + 1
-        while end < len(ordered) and (end - begin) * len(mixtures[ordered[end]].rows) <= LISTED and end - begin < 256:
+        while end < len(ordered) and (end - begin) * width[end] <= LISTED and end - begin < 256:
             end += 1
-        chunk = np.array(ordered[begin:end])
-        yield chunk, _project(states, table, chunk, [mixtures[p] for p in chunk.tolist()], blocked, normalize)
+        yield ordered[begin:end], _project(states, table, ordered[begin:end], blocked, normalize)
         begin = end
 
 
-def _project(states: States, table: BridgeTable, chunk, mixtures, blocked, normalize: bool) -> Bridged:
+def _project(states: States, table: BridgeTable, chunk: np.ndarray, blocked, normalize: bool) -> Bridged:
     """The one place where rows meet the kernel."""
-    width = max(len(m.rows) for m in mixtures)
-    log_probs = np.full((len(chunk), width), -np.inf, dtype=np.float32)
-    ids = np.full((len(chunk), width), -1, dtype=np.int64)
-    for row, m in enumerate(mixtures):
-        log_probs[row, : len(m.logs)], ids[row, : len(m.rows)] = m.logs, m.rows
-    logits, share = states.rows(mixtures)
+    everything, _, start = states.mixtures
+    place = start[chunk, None] + np.arange(np.diff(start)[chunk].max())
+    there = place < start[chunk + 1, None]
+    log_probs, ids = np.full(place.shape, -np.inf, dtype=np.float32), np.full(place.shape, -1, dtype=np.int64)
+    log_probs[there], ids[there] = everything.logs[place[there]], everything.rows[place[there]]
+    logits, share = states.rows(chunk)
     listed = torch.from_numpy(log_probs).to(logits.device), torch.from_numpy(ids).to(logits.device)
     options = {"log_probs": listed[0], "ids": listed[1], "log_weight": share}
     if blocked is not None:

@@ -11,8 +11,10 @@ beginning at each space that follows something else; there, no tokenizer in use 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from chassis.bridge.pretokens import FOLLOWING
 from chassis.text.token_bytes import TokenBytes
 
 WHITE = frozenset(b" \t\r\n")
+KEPT = 200_000  # beginnings of pieces whose encodings are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,25 +69,52 @@ class Plan:
 
 
 class UnderWay:
-    """`after(last, begun)`: the tokens that can follow token `last`, begin with `begun` and go on; their residuals' rows."""
+    """What a piece of text leaves open: the encodings of its beginnings, and the tokens that may be under way."""
 
     def __init__(self, leaves: Leaves, mask: CanonicalMask) -> None:
         self.leaves, self.mask = leaves, mask
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self._encodings: dict[bytes, list[list[int]]] = {}
+        self._lengths: list[int] = mask.tokens.lengths.tolist()
+
+    def encodings(self, beginnings: list[bytes]) -> dict[bytes, list[list[int]]]:
+        """The encodings of each beginning of a piece, as they come about before FOLLOWING."""
+        if len(self._encodings) > KEPT:
+            self._encodings.clear()
+        missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
+        texts = [text + after for text in map(bytes.decode, missing) for after in FOLLOWING]
+        for i, ids in enumerate(self.mask.tokens.ids_of(texts)):
+            data = missing[i // len(FOLLOWING)]
+            found = self._encodings.setdefault(data, [])
+            ends = self._ends(ids, texts[i])
+            n = bisect_right(ends, len(data))
+            if (n and ends[n - 1] == len(data) or not data) and ids[:n] not in found:
+                found.append(ids[:n])
+        return self._encodings
+
+    def _ends(self, ids: list[int], text: str) -> list[int]:
+        """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""
+        sizes = [self._lengths[index] for index in ids]
+        return list(accumulate(sizes)) if all(sizes) else self.mask.tokens.encode(text).ends.tolist()
+
+    def begins(self, begun: bytes) -> bool:
+        """Whether any token begins with `begun` and goes on."""
+        return len(self.leaves.under_way(begun)[0]) > 0
 
     def after(self, last: int, begun: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that can follow token `last`, begin with `begun` and go on; the rows of their residuals."""
+        tokens, rows = self.leaves.under_way(begun)
+        if last < 0 or not len(tokens):
+            return tokens, rows
         key = last, begun
         if key not in self._known:
-            tokens, rows = self.leaves.under_way(begun)
-            if last >= 0 and len(tokens):
-                kept = ~self.mask.rows([last])[0][tokens]
-                tokens, rows = tokens[kept], rows[kept]
-            self._known[key] = tokens, rows
+            kept = ~self.mask.rows([last])[0][tokens]
+            self._known[key] = tokens[kept], rows[kept]
         return self._known[key]
 
 
 class _Grower:
-    """The tree while it grows, and the encodings of one piece up to each byte."""
+    """The tree while it grows."""
 
     def __init__(self, expert: TokenBytes, trunk: list[list[int]]) -> None:
         self.expert = expert
@@ -107,24 +137,6 @@ class _Grower:
             node = child
         return node
 
-    def encodings(self, piece: bytes, places: list[int]) -> dict[int, list[list[int]]]:
-        """Encodings of piece[:place] for the places that lie between characters, as they come about before FOLLOWING."""
-        places = [place for place in places if place == len(piece) or piece[place] & 0xC0 != 0x80]
-        found: dict[int, list[list[int]]] = {place: [] for place in places}
-        texts = [piece[:place].decode() + after for place in places for after in FOLLOWING]
-        for i, ids in enumerate(self.expert.ids_of(texts)):
-            place = places[i // len(FOLLOWING)]
-            ends = self._ends(ids, texts[i])
-            n = int(np.searchsorted(ends, place, side="right"))
-            if (n and ends[n - 1] == place or place == 0) and ids[:n] not in found[place]:
-                found[place].append(ids[:n])
-        return found
-
-    def _ends(self, ids: list[int], text: str) -> np.ndarray:
-        """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""
-        known = self.expert.is_text[ids].all()
-        return np.cumsum(self.expert.lengths[ids]) if known else self.expert.encode(text).ends
-
 
 def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: str) -> Plan:
     """Plan for a text that both tokenizers read as it is (see `counting.joint_text`)."""
@@ -136,29 +148,42 @@ def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: s
     longest = int(expert.lengths.max(initial=1))
     # The end of a piece belongs to it: that the next one begins there is not known from the text before.
     holder = np.maximum(np.searchsorted([a for a, _ in pieces], begins, side="left") - 1, 0)
+    wanted = [(begins[holder == i] - a).tolist() for i, (a, _) in enumerate(pieces)]
+    tokens = [_tokens_at(data[a:b], places, longest, under_way) for (a, b), places in zip(pieces, wanted, strict=True)]
+    encodings = under_way.encodings([begin for found in tokens for begins_ in found for begin, _ in begins_])
     complete: list[tuple[int, ...]] = []
     open_: list[tuple[tuple[int, bytes], ...]] = []
-    for i, (a, b) in enumerate(pieces):
-        wanted = (begins[holder == i] - a).tolist()
-        if not wanted:
-            continue
-        piece, root = data[a:b], grower.roots[i]
-        near = sorted({e for p in wanted for e in range(max(0, p - longest), p + 1)})
-        encodings = grower.encodings(piece, near)
-        for p in wanted:
-            whole = {grower.walk(root, path) for path in encodings.get(p, [])}
-            begun = []
-            for e in (e for e in range(max(0, p - longest), p) if e in encodings):
-                for path in encodings[e]:
+    for root, found in zip(grower.roots, tokens, strict=False):
+        for held in found:
+            whole, begun = set(), []
+            for begin, token in held:
+                for path in encodings[begin]:
                     last = path[-1] if path else grower.tokens[root]
-                    if len(under_way.after(last, piece[e:p])[0]):
-                        begun.append((grower.walk(root, path), piece[e:p]))
-                    if p not in encodings and piece[e:p] in expert.ids_by_bytes:
-                        whole.add(grower.walk(root, path + [expert.ids_by_bytes[piece[e:p]][0]]))
+                    if not token:
+                        whole.add(grower.walk(root, path))
+                    elif len(under_way.after(last, token)[0]):
+                        begun.append((grower.walk(root, path), token))
+                    if token and held[0][1] and token in expert.ids_by_bytes:
+                        whole.add(grower.walk(root, path + [expert.ids_by_bytes[token][0]]))
             complete.append(tuple(sorted(whole)))
             open_.append(tuple(begun))
     tree = Tree(*(np.array(x, dtype=np.int64) for x in (grower.tokens, grower.parent, grower.depth)), grower.n_trunk)
     return Plan(data, encoded.ids, begins, tree, tuple(complete), tuple(open_))
+
+
+def _tokens_at(piece: bytes, places: list[int], longest: int, under_way: UnderWay) -> list[list[tuple[bytes, bytes]]]:
+    """For each place p the beginnings piece[:e] behind which a token may have begun and piece[e:p], its bytes so far; e = p
+    comes first, if p is between characters."""
+    between = {e for e in range(len(piece) + 1) if e == len(piece) or piece[e] & 0xC0 != 0x80}
+    inside = set(places) - between
+    return [
+        [
+            (piece[:e], piece[e:p])
+            for e in ([] if p in inside else [p]) + [e for e in range(max(0, p - longest), p) if e in between]
+            if e == p or p in inside or under_way.begins(piece[e:p])
+        ]
+        for p in places
+    ]
 
 
 def identity_plan(tokens: TokenBytes, text: str) -> Plan:

@@ -22,7 +22,7 @@ def row_probabilities(states: States, n_rows: int, cells: int = 0) -> Iterator[t
     for begin in range(0, len(states.plan), step):
         tile = slice(begin, min(begin + step, len(states.plan)))
         mixtures = [states.mixture(position) for position in range(tile.start, tile.stop)]
-        logits, share = states.rows(mixtures)
+        logits, share = states.rows(np.arange(tile.start, tile.stop))
         P = torch.zeros(len(mixtures), n_rows, device=logits.device)
         P[:, : logits.shape[1]] = (logits.float() / states.temperature).softmax(1) * share.exp()[:, None]
         place = torch.arange(len(mixtures)).repeat_interleave(torch.tensor([len(m.rows) for m in mixtures]))

@@ -43,10 +43,7 @@ class ExpertStates:
         old, n = len(self.on_path), len(tokens)
         on_path = torch.zeros(old + n, old + n, dtype=torch.bool)
         on_path[:old, :old] = self.on_path
-        for row, above in enumerate(parent.tolist(), old):
-            if above >= 0:
-                on_path[row] = on_path[above]
-            on_path[row, row] = True
+        on_path[old:] = _ancestors(self.on_path, torch.from_numpy(parent))
         attends = on_path[old:].to(self.device)
         mask = torch.zeros(attends.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(~attends, torch.finfo(self.dtype).min)
@@ -59,6 +56,20 @@ class ExpertStates:
             raise ModelError(f"{title(self.model)} takes no mask of which token attends to which ({error})") from error
         self.on_path = on_path
         return logits
+
+
+def _ancestors(known: Tensor, parent: Tensor) -> Tensor:
+    """Which states each of the next has on its path, itself included: [n, len(known) + n]; `parent` [n], -1 for none."""
+    old, n = len(known), len(parent)
+    found = torch.zeros(n + 1, old + n, dtype=torch.bool)  # the last row: nothing
+    found[:n, old:].fill_diagonal_(True)
+    below = (parent >= 0) & (parent < old)
+    found[:n][below, :old] = known[parent[below]]
+    above = torch.where(parent < old, n, parent - old)
+    while (above < n).any():  # the paths known double in length
+        found[:n] |= found[above]
+        above = torch.cat([above, above.new_tensor([n])])[above]
+    return found[:n]
 
 
 def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
