@@ -139,6 +139,40 @@ inline void prefer_large_pages(const Matrix& m) {
 #endif
 }
 
+// Fetches what rows of a matrix have in the columns J while others are worked on, one cache line a step.
+struct Ahead {
+  const Matrix& m;
+  const int64_t size = m.dtype == DType::fp32 ? 4 : 2;
+  std::vector<int32_t> lines;  // where in a row, in bytes
+  std::vector<const char*> rows;
+  const char* row = nullptr;
+  const int32_t *line = nullptr, *end = nullptr;
+
+  Ahead(const int64_t* columns, int64_t k, const Matrix& m) : m(m) {
+    for (int64_t j = 0; j < k; ++j)
+      if (j == 0 || columns[j] * size / 64 != columns[j - 1] * size / 64) lines.push_back(int32_t(columns[j] * size));
+  }
+  void clear() {
+    rows.clear();
+    line = end = nullptr;
+  }
+  void add(int64_t i) { rows.push_back(static_cast<const char*>(m.data) + i * m.stride * size); }
+  void step() {
+    if (line == end && !next()) return;
+    __builtin_prefetch(row + *line++);
+  }
+
+ private:
+  bool next() {
+    if (rows.empty() || lines.empty()) return false;
+    row = rows.back();
+    rows.pop_back();
+    line = lines.data();
+    end = line + lines.size();
+    return true;
+  }
+};
+
 // The rows of each chunk: rows(c) = order[first[c]] .. order[first[c + 1]].
 struct Members {
   std::vector<int64_t> first, order;

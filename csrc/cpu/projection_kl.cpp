@@ -92,41 +92,6 @@ void write_row(T* out, int64_t width, int64_t head, F value) {
   std::fill(out + width, out + head, T{});
 }
 
-// Fetches what a chunk's teacher rows will be asked for while its student rows are worked on, one cache line a step.
-struct Ahead {
-  const ProjectionKL& in;
-  const int64_t size = in.teacher.dtype == DType::fp32 ? 4 : 2;
-  std::vector<int32_t> lines;  // where in a row
-  std::vector<const char*> rows;
-  const char* row = nullptr;
-  const int32_t *line = nullptr, *end = nullptr;
-
-  explicit Ahead(const ProjectionKL& in) : in(in) {
-    for (int64_t j = 0; j < in.k; ++j)
-      if (j == 0 || in.columns[j] * size / 64 != in.columns[j - 1] * size / 64) lines.push_back(int32_t(in.columns[j] * size));
-  }
-  void begin(const Members& teacher, int64_t c) {
-    rows.clear();
-    for (int64_t i = 0; i < teacher.count(c); ++i)
-      rows.push_back(static_cast<const char*>(in.teacher.data) + teacher.row(c, i) * in.teacher.stride * size);
-    line = end = nullptr;
-  }
-  void step() {
-    if (line == end && !next()) return;
-    __builtin_prefetch(row + *line++);
-  }
-
- private:
-  bool next() {
-    if (rows.empty() || lines.empty()) return false;
-    row = rows.back();
-    rows.pop_back();
-    line = lines.data();
-    end = line + lines.size();
-    return true;
-  }
-};
-
 // What one thread works with.
 struct Worker {
   const ProjectionKL& in;
@@ -135,7 +100,7 @@ struct Worker {
   const std::vector<int32_t>& columns;
   const float inverse = 1 / in.temperature;
   Scratch p{kKeep + 2, in.width}, small{4, in.k + in.tail}, whole{1, in.tail ? in.vocabulary : 0};
-  Ahead ahead{in};
+  Ahead ahead{in.columns, in.k, in.teacher};
   float *sums = p.row(kKeep), *back = p.row(kKeep + 1);
   float *a = small.row(0), *Q = small.row(1), *t = small.row(2), *G = small.row(3);
   float lse = 0, tail = 0;
@@ -154,7 +119,8 @@ struct Worker {
       return;
     }
     std::fill_n(a, small.stride, 0.0f);
-    ahead.begin(teacher, c);
+    ahead.clear();
+    for (int64_t i = 0; i < n_teacher; ++i) ahead.add(teacher.row(c, i));
     for (int64_t i = 0; i < n; ++i) add_student(student.row(c, i), i, n);
     edges.project(n == 1 ? slot(0) : sums, a);
     if (n == 1)

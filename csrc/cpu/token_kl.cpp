@@ -101,6 +101,8 @@ struct Worker {
   Scratch scratch{2, in.k + kLanes};
   const int64_t padded = ceil_div(in.k, kLanes) * kLanes;
   Writer<T> writer{columns, in.student.cols};
+  Ahead ahead[2] = {{in.columns, in.columns ? in.k : 0, in.student}, {in.columns, in.columns ? in.k : 0, in.teacher}};
+  const int64_t steps = padded > 0 ? ceil_div(std::max(ahead[0].lines.size(), ahead[1].lines.size()) * kLanes, padded) : 0;
 
   void row(int64_t i) {
     T* to = static_cast<T*>(out.grad.data) + i * out.grad.stride;
@@ -109,6 +111,10 @@ struct Worker {
     if (out.kl) out.kl[i] = 0;
     if (out.grad.data && weight == 0) std::memset(to, 0, in.student.cols * sizeof *to);
     if (!kept || (!out.kl && weight == 0)) return;
+    for (Ahead& side : ahead) {
+      side.clear();
+      if (i + 1 < in.student.rows) side.add(i + 1);
+    }
     Side student(static_cast<const T*>(in.student.data) + i * in.student.stride, columns, in.k, padded, scratch.row(0));
     with_type(in.teacher, [&](auto* z) {
       Side teacher(z + i * in.teacher.stride, columns, in.k, padded, scratch.row(1));
@@ -121,7 +127,7 @@ struct Worker {
  private:
   // The KL. Leaves exponentials in place of the logits; in reverse, in the teacher's place, how far the student's exceed them.
   template <bool reverse>
-  float compare(Side& student, Side& teacher) const {
+  float compare(Side& student, Side& teacher) {
     float *x = student.x, *y = teacher.x;
     double sum_p = 0, sum_q = 0, sum_apart = 0;
     for (int64_t from = 0; from < padded; from += kBlock) {
@@ -130,6 +136,7 @@ struct Worker {
         const vf s = (load(x + j) - student.best) * inverse, t = (load(y + j) - teacher.best) * inverse;
         const vf e_s = exp_nonpositive(s), e_t = exp_nonpositive(t), d = reverse ? s - t : t - s, e = reverse ? e_s : e_t;
         p += e_s, q += e_t, apart += e == vf{} ? e : e * d;
+        for (int64_t step = 0; step < steps; ++step) ahead[0].step(), ahead[1].step();
         store(x + j, e_s);
         store(y + j, reverse ? d : e_t);
       }
@@ -161,7 +168,7 @@ void token_kl(const TokenKL& in, const TokenKLResult& out) {
 #pragma omp parallel
   with_type(in.student, [&](auto* z) {
     Worker<std::remove_pointer_t<decltype(z)>> worker{in, out, columns};
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 16)
     for (int64_t i = 0; i < in.student.rows; ++i) worker.row(i);
     fence();
   });
