@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels import projection_kl as logits_loss
 from chassis_kernels.backends import DTYPE_CODES
 from chassis_kernels.chunks import Chunks, Layout, check_chunks, layout
@@ -171,7 +171,12 @@ def _saved(ctx) -> tuple:
 
 
 def _in_dtype(grads, inputs, needs) -> tuple[Tensor | None, ...]:
-    return tuple(g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs, strict=True))
+    """The gradients that are wanted, rounded to their inputs' dtypes."""
+    found = []
+    for grad, tensor, need in zip(grads, inputs, needs, strict=True):
+        same = not need or grad.dtype == tensor.dtype
+        found.append((grad if need else None) if same else pages.empty_like(tensor).copy_(grad))
+    return tuple(found)
 
 
 def _restricted(found: Operands, size: int, plan: Layout, restrict: bool | None, plain: bool):
@@ -248,7 +253,9 @@ def _cpu(*inputs):
 def _cpu_backward(grad, grad_nll, *inputs):
     *inputs, needs = inputs
     result = _outputs(*inputs)
-    grads = _gradients(*inputs[:3], torch.float32, needs)
+    grads = list(_gradients(*inputs[:3], torch.float32, [needs[0], False, needs[2]]))
+    if needs[1]:
+        grads[1] = pages.empty(inputs[1].shape, torch.float32)
     _call(inputs, result, (grad, grad_nll), [g if need else None for g, need in zip(grads, needs, strict=True)])
     return *result, *grads
 

@@ -1,4 +1,4 @@
-"""Memory for large gradients: 2 MiB pages, and one freed block kept for the next gradient.
+"""Memory for large gradients: 2 MiB pages, and freed blocks kept for the next gradients.
 
 The kernel zeroes every page that a process first touches, which takes longer than the loss that fills it; malloc hands
 blocks above 32 MiB back each time they are freed, so that a gradient of that size would pay on every step.
@@ -17,12 +17,12 @@ from torch import Tensor
 LEAST = 4 << 20  # bytes; what is smaller comes from PyTorch's allocator
 PAGE = 2 << 20
 
-_kept: deque[mmap.mmap] = deque(maxlen=1)
+_kept: deque[mmap.mmap] = deque(maxlen=2)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor, contiguous. A large one has pages of 2 MiB where the system offers them (Linux), and its
-    memory stays with the process when it is freed: the block that was freed last, for the next tensor of about its size."""
+    memory stays with the process when it is freed: the two blocks that were freed last, for tensors of about their size."""
     count = math.prod(shape)
     size = -(-count * dtype.itemsize // PAGE) * PAGE
     if size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -40,16 +40,20 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def release() -> None:
-    """Hands the block that is kept back to the system."""
+    """Hands the blocks that are kept back to the system."""
     _kept.clear()
 
 
 def _taken(size: int) -> mmap.mmap | None:
-    try:
-        block = _kept.pop()
-    except IndexError:
-        return None
-    return block if size <= len(block) <= 2 * size else None
+    for _ in range(len(_kept)):
+        try:
+            block = _kept.popleft()
+        except IndexError:  # another thread took it
+            return None
+        if size <= len(block) <= 2 * size:
+            return block
+        _kept.append(block)
+    return None
 
 
 def _made(size: int) -> mmap.mmap:

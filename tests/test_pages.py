@@ -32,17 +32,20 @@ def test_the_next_tensor_takes_the_freed_memory():
     del first
     other = pages.empty((LARGE,), torch.float32)  # a view still needs the first
     assert other.data_ptr() != place
-    del view, other
-    again = pages.empty((LARGE - 3,), torch.float32)
-    del again
-    smaller = pages.empty((2 * LARGE,), torch.bfloat16)
-    kept = smaller.data_ptr()
-    del smaller
-    assert pages.empty((LARGE,), torch.float32).data_ptr() == kept
-    pages.empty((8 * LARGE,), torch.float32)
-    assert len(pages._kept[0]) == 32 * LARGE  # one block is kept, the last
+    del view
+    assert pages.empty((2 * LARGE - 3,), torch.bfloat16).data_ptr() == place
+
+
+@pytest.mark.skipif(not hasattr(pages.mmap, "MADV_HUGEPAGE"), reason="pages of 2 MiB are asked for on Linux")
+def test_two_blocks_are_kept_the_last_ones():
+    three = [pages.empty((n * LARGE,), torch.float32) for n in (1, 4, 9)]
+    while three:
+        del three[0]
+    assert [len(block) for block in pages._kept] == [4 * pages.LEAST, 9 * pages.LEAST]
     small = pages.empty((LARGE,), torch.float32)  # not out of a block of more than twice its size
-    assert not pages._kept and small.nbytes == pages.LEAST
+    assert small.nbytes == pages.LEAST and len(pages._kept) == 2
+    large = pages.empty((5 * LARGE,), torch.float32)
+    assert large.nbytes == 5 * pages.LEAST and [len(block) for block in pages._kept] == [4 * pages.LEAST]
 
 
 def loss_of(student, **options):

@@ -55,6 +55,8 @@ inline void pack_pairs(const bf16* data, int64_t stride, int64_t n, int64_t dept
       int64_t rows = std::min<int64_t>({n - i - part, kWidth - part, kLanes});
       for (int64_t k = 0; k < pairs; k += kLanes) {
         vf block[kLanes] = {};
+        for (int64_t r = i + part + kLanes; r < std::min<int64_t>(i + part + 2 * kLanes, n); ++r)
+          __builtin_prefetch(data + r * stride + 2 * k);  // rows far apart: no processor guesses the next ones
         for (int64_t r = 0; r < rows; ++r)
           std::memcpy(&block[r], data + (i + part + r) * stride + 2 * k, 2 * std::min<int64_t>(2 * kLanes, depth - 2 * k));
         transpose(block);

@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kTile = 8 * kNr;                                // columns: 256, 128 or 64
 constexpr int64_t kBlock = 96 / kMr * kMr;                        // rows
 constexpr int64_t kRowChunk = 1024 / kBlock * kBlock;             // rows packed at a time
-constexpr int64_t kSum = 128;                                      // products per running sum: longer ones lose digits
+constexpr int64_t kSum = 128;                                     // additions per running sum: longer ones lose digits
 constexpr int64_t kForkWork = 1 << 17;                            // multiply-adds that repay waking the other threads
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -132,7 +132,7 @@ class Side {
     int64_t at = 0;
     for (const Product& product : products)
       for (int64_t k = 0, steps; k < product.left.cols; k += steps, at += steps) {
-        steps = std::min(kSum, product.left.cols - k);
+        steps = std::min(product.way.pairs ? 2 * kSum : kSum, product.left.cols - k);
         f(product, k, steps, at);
       }
   }

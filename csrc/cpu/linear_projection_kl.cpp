@@ -275,10 +275,7 @@ void clear_untouched(const LinearProjectionKL& in, const LinearProjectionKLResul
 
 void linear_projection_kl(const LinearProjectionKL& in, const LinearProjectionKLResult& out) {
   const std::vector<Block> blocks = blocks_of(in.loss, in.hidden.rows, out.block);
-  if (out.grad_weight.data) {
-    prefer_large_pages(out.grad_weight);
-    clear_untouched(in, out, blocks.empty());
-  }
+  if (out.grad_weight.data) clear_untouched(in, out, blocks.empty());
   size_t most = 0;
   for (const Block& block : blocks) most = std::max(most, block.rows.size());
   const Problem problem(in, out, most);
