@@ -87,12 +87,10 @@ def projection_kl(
         "label_weight": label_weight,
     }
     if not isinstance(teacher_logits, Tensor):
-        if parallel.sharded:
-            raise ValueError("parallel takes a teacher's logits: a TeacherHead or TopK is not spread over ranks")
         chosen = {name: options[name] for name in ("temperature", "tail", "column_mask", "columns")}
-        found = operands(teacher_logits, projection.columns, vocab_topk, **chosen)
+        found = operands(teacher_logits, projection.columns, vocab_topk, **chosen, parallel=parallel)
         compact = found.logits.unflatten(0, shaped.shape[:2]), ProjectionView(found.view, projection.n_student)
-        options |= {"columns": found.places, "column_mask": None, "grad_buffer": grad_buffer}
+        options |= {"columns": found.places, "column_mask": None, "grad_buffer": grad_buffer, "parallel": parallel}
         loss, stats = projection_kl(student_logits, *compact, chunks, **options)
         return loss, stats._replace(columns=found.columns)
     if parallel.sharded:

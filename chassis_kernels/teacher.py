@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference.precision import compute_dtype
 from chassis_kernels.sparse import ColumnView, take_columns
 
@@ -68,6 +69,7 @@ def operands(
     tail: bool,
     column_mask: Tensor | None,
     columns: Tensor | None,
+    parallel: Parallel = ONE_RANK,
 ) -> Operands:
     """Logits as they are, the other forms compact."""
     n_teacher = len(view.start) - 1
@@ -77,9 +79,8 @@ def operands(
             keep = None if column_mask is None else column_mask.flatten()
             columns = torch.ops.chassis.top_columns(logits[:, :n_teacher], keep, k)
         return Operands(logits, view, columns, columns)
-    columns, logits = compact(
-        teacher, n_teacher, k, temperature=temperature, tail=tail, column_mask=column_mask, columns=columns
-    )
+    options = {"temperature": temperature, "tail": tail, "column_mask": column_mask, "columns": columns}
+    columns, logits = compact(teacher, n_teacher, k, **options, parallel=parallel)
     view = take_columns(view, columns)
     if tail:
         view = view._replace(start=torch.cat([view.start, view.start[-1:]]))  # a column without entries
@@ -96,19 +97,23 @@ def compact(
     tail: bool = False,
     column_mask: Tensor | None = None,  # [B, T_t] bool
     columns: Tensor | None = None,  # [k] int64
+    parallel: Parallel = ONE_RANK,
 ) -> Compact:
     """The teacher's first n_teacher tokens reduced to the columns J; float32 (float64 if the teacher is), detached.
 
     J: the k columns with the largest logits at the positions of `column_mask`, ascending, ties to the lowest id; or
     `columns`. A TeacherHead's products are in its own dtype where J is chosen and in float32 for the k columns. The tail
     alone depends on the temperature; it costs a second pass over the vocabulary. Besides the result: a tile of logits.
+    parallel: where the sequence is spread over ranks, the positions of all of them choose J.
     """
     device = teacher.device.type if isinstance(teacher, Tensor) else teacher[0].device.type
     with torch.autocast(device, enabled=False):
         form = _FORMS.get(type(teacher), _Logits)(teacher)
         if columns is None:
             keep = None if column_mask is None else column_mask.flatten()
-            unique = columns = torch.ops.chassis.top_columns(form.maxima(n_teacher, keep)[None], None, k)
+            best = form.maxima(n_teacher, keep)
+            best = parallel.sequence_max(best.to(compute_dtype(best)))
+            unique = columns = torch.ops.chassis.top_columns(best[None], None, k)
             logits = form.gather(n_teacher, columns)
         else:
             unique, inverse = columns.unique(return_inverse=True)

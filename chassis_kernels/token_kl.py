@@ -48,16 +48,23 @@ def token_kl(
     """
     shaped = logits_shaped(teacher_logits, parallel.head(student_logits))
     _check(student_logits, shaped, mask, temperature, vocab_topk, column_mask, parallel)
+    if parallel.sharded and grad_buffer is not None:
+        raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
     if not isinstance(teacher_logits, Tensor):
-        if vocab_topk is None or parallel.sharded:
-            missing = "vocab_topk" if vocab_topk is None else "logits that are not spread over ranks"
-            raise ValueError(f"a {type(teacher_logits).__name__} needs {missing}: give the teacher's logits")
-        columns, found = compact(teacher_logits, student_logits.shape[-1], vocab_topk, column_mask=column_mask)
+        if vocab_topk is None:
+            raise ValueError(f"a {type(teacher_logits).__name__} needs vocab_topk: give the teacher's logits")
+        chosen = {"column_mask": column_mask, "parallel": parallel}
+        columns, found = compact(teacher_logits, parallel.head(student_logits), vocab_topk, **chosen)
+        student, spread = parallel.select(student_logits, columns)
         options = {"temperature": temperature, "reverse": reverse, "n_tokens": n_tokens}
-        return token_kl(student_logits.index_select(-1, columns), found, mask, **options)
+        if grad_buffer is None or not (torch.is_grad_enabled() and student_logits.requires_grad):
+            return token_kl(student, found, mask, **options, parallel=spread)
+        gradient = one_pass(student_logits, grad_buffer)
+        leaf = student.detach().requires_grad_()
+        loss = token_kl(leaf, found, mask, **options)
+        gradient.zero_().index_copy_(-1, columns, *torch.autograd.grad(loss, leaf))
+        return hand_over(loss.detach(), student_logits, gradient, "token_kl", None)
     if parallel.sharded:
-        if grad_buffer is not None:
-            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
         return sharded.loss(
             student_logits,
             teacher_logits,

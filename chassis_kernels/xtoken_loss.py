@@ -75,7 +75,7 @@ def _with_logits(teacher: TeacherBatch, size: int) -> TeacherBatch:
     return teacher if isinstance(teacher.logits, Tensor) else teacher._replace(logits=teacher_logits(teacher.logits, size))
 
 
-def needs_logits(config: XTokenConfig, i: int, parallel: Parallel = ONE_RANK) -> str:
+def needs_logits(config: XTokenConfig, i: int) -> str:
     """What in the configuration reads more of teacher i than its largest columns; empty: nothing."""
     for name in ("averaged_logits", "select_teacher"):
         if config.kd_loss_mode == name:
@@ -84,7 +84,7 @@ def needs_logits(config: XTokenConfig, i: int, parallel: Parallel = ONE_RANK) ->
         return f"sum_weights_metric={config.sum_weights_metric!r}"
     if config.uses_gold(i) and not config.teachers[i].same_tokenizer:
         return "gold_loss"
-    return "parallel" if parallel.sharded else ""
+    return ""
 
 
 def _check(logits, teachers, config, input_ids, token_mask, sample_mask, labels, parallel) -> None:
@@ -105,7 +105,7 @@ def _check(logits, teachers, config, input_ids, token_mask, sample_mask, labels,
             positions = check_teacher(teacher.logits, its.vocab_size)
         except ValueError as error:
             raise ValueError(f"teacher {i}: {error}") from None
-        whole = needs_logits(config, i, parallel)
+        whole = needs_logits(config, i)
         if whole and not isinstance(teacher.logits, Tensor):
             kind = type(teacher.logits).__name__
             raise ValueError(f"teacher {i} is a {kind}, but {whole} needs its logits over the whole vocabulary: give those")

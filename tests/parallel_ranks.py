@@ -24,6 +24,7 @@ from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.parallel.next_token import next_token_nll
 from chassis_kernels.projection_kl import projection_kl
 from chassis_kernels.sparse import SparseProjection
+from chassis_kernels.teacher import TeacherHead, TopK
 from chassis_kernels.token_kl import token_kl
 from chassis_kernels.xtoken_loss import xtoken_loss
 
@@ -103,6 +104,24 @@ def projection(p: Problem, parallel: Parallel, **options):
     return loss, list(stats[:4])
 
 
+def as_head(logits: torch.Tensor) -> TeacherHead:
+    return TeacherHead(logits, torch.eye(logits.shape[2], dtype=logits.dtype))
+
+
+def as_top_k(logits: torch.Tensor) -> TopK:
+    return TopK(*torch.log_softmax(logits, 2).topk(6, 2))
+
+
+def compact_projection(p: Problem, parallel: Parallel, form: Callable, **options):
+    return projection(p._replace(teacher=form(p.teacher[..., :TEACHER])), parallel, **options)
+
+
+def compact_token(p: Problem, parallel: Parallel, form: Callable, **options):
+    student, parallel = parallel.cut(p.student, STUDENT)
+    options = {"vocab_topk": 9, "column_mask": p.mask > 0.3, "temperature": 1.5} | options
+    return token_kl(student, form(p.same[..., :STUDENT]), p.mask, n_tokens=7.0, parallel=parallel, **options), []
+
+
 def projection_and_labels(p: Problem, parallel: Parallel, **options):
     options = {"labels": p.labels, "label_weight": p.mask, "vocab_topk": 12} | options
     loss, stats = projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
@@ -168,6 +187,13 @@ def cases() -> list[Case]:
     ]
     for run in (projection, gold, token, next_token_loss):
         found.append(Case(f"{run.__name__}: one rank holds everything", run, {}, 9, split="first"))
+    for form in (as_head, as_top_k):
+        found += [
+            Case(f"projection_kl {form.__name__}", compact_projection, {"form": form, "temperature": 1.5}, 16),
+            Case(f"projection_kl {form.__name__} tail", compact_projection, {"form": form, "tail": True}, 17, split="first"),
+            Case(f"token_kl {form.__name__}", compact_token, {"form": form}, 18, even=True),
+            Case(f"token_kl reverse {form.__name__}", compact_token, {"form": form, "reverse": True}, 19, split="first"),
+        ]
     for run in (projection, gold):
         found.append(Case(f"{run.__name__}: nothing is valid", run, {}, 10, valid=0.0))
     for dtype in (torch.float32, torch.bfloat16):

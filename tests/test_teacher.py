@@ -170,6 +170,24 @@ def test_projection_kl_takes_any_form(form, divergence, tail):
         torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_token_kl_of_any_form_writes_its_gradient_into_a_buffer(form):
+    teacher, student = make(form), torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[1.0, 0.5, 0, 1, 1], [1, 1, 1, 0, 0]])
+
+    def result(leaf, **options):
+        loss = token_kl(leaf, teacher, mask, vocab_topk=9, temperature=1.5, n_tokens=6, **options)
+        return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
+
+    loss, right = result(student.requires_grad_())
+    buffer = torch.full_like(student, torch.nan)
+    for place in (buffer, student.detach().clone()):
+        leaf = student if place is buffer else place.requires_grad_()
+        again, grad = result(leaf, grad_buffer=place)
+        assert grad.data_ptr() == place.data_ptr() and torch.equal(again, loss)
+        torch.testing.assert_close(grad, right, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("form", ["head", "top-k"])
 def test_token_kl_takes_any_form_within_its_top_columns(form):
     teacher, student = make(form), aligned(v_s=40)[0]

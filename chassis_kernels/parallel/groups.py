@@ -88,6 +88,15 @@ class Parallel:
         size = min(self.vocab_size, size)
         return left, dataclasses.replace(self, vocab_size=size, vocab_start=min(slab.start, size))
 
+    def select(self, logits: Tensor, columns: Tensor) -> tuple[Tensor, Parallel]:
+        """The logits within the ascending `columns` [k] of the head, and how these k are spread."""
+        slab = self.slab(logits)
+        own = columns[(columns >= slab.start) & (columns < slab.stop)]
+        left = logits.index_select(-1, own - slab.start)
+        if self.vocab_shards == 1:
+            return left, self
+        return left, dataclasses.replace(self, vocab_size=len(columns), vocab_start=int((columns < slab.start).sum()))
+
     def vocab_sum(self, part: Tensor) -> Tensor:
         """The parts of the vocabulary ranks added up."""
         return _Sum.apply(part, self.vocab) if self.vocab_shards > 1 else part

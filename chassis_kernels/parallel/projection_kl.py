@@ -18,14 +18,14 @@ from chassis_kernels.parallel.next_token import next_token_nll
 from chassis_kernels.parallel.rows import Rows, RowStats, row_stats, tiles, top_columns
 from chassis_kernels.reference import projection_kl as reference
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
-from chassis_kernels.sparse import Edges, SparseProjection
+from chassis_kernels.sparse import Edges, ProjectionView, SparseProjection, slice_columns
 
 
 @without_autocast
 def loss(
     student_logits: Tensor,  # [B, T_s, W], the rank's columns
     teacher_logits: Tensor,  # [B, T_t, >= V_t]
-    projection: SparseProjection,  # [V_s, V_t], whole: only the slab's rows are used
+    projection: SparseProjection | ProjectionView,  # [V_s, V_t], whole: only the slab's rows are used
     chunks: Chunks,
     parallel: Parallel,
     *,
@@ -48,7 +48,7 @@ def loss(
     teacher = teacher_logits.detach()[..., : projection.n_teacher].flatten(0, 1)
     if columns is None:
         columns = top_columns(teacher, None if column_mask is None else column_mask.flatten(), vocab_topk, dtype, parallel)
-    edges, k = slab_edges(projection.slice(columns), spread.slab(logits)), len(columns)
+    edges, k = slab_edges(slice_columns(*projection.columns, columns), spread.slab(logits)), len(columns)
     Q = _teacher_means(teacher, columns, plan, temperature, tail, dtype, parallel)
     options = k, float(temperature), reference.DIVERGENCES.index(divergence), tail, spread
     rows = plan.student, plan.student_count, plan.paired
