@@ -28,16 +28,23 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
-# Arguments that choose other constants than an op's example does.
+# Arguments that choose other constants than an op's example does: a list of choices where there are several.
+_PLAIN = {"labels": None, "tail": False}
+_DIVERGENCES = [_PLAIN | {"divergence": code} for code in (0, 1)]  # examples have the third, with a tail
+_TOKENS = [{"reverse": True}, {"columns": None, "keep": None, "reverse": True}]
+_HEADS = [dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a"))]
 OTHERWISE = {
-    "bridge_project": dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous")),
-    "linear_kl": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
-    "linear_kl_backward": dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a")),
-    "linear_projection_kl": {"softcap": None, "labels": None},
-    "projection_kl": {"labels": None, "tail": False, "divergence": 0},
-    "projection_kl_backward": {"grad_nll": None, "tail": False, "divergence": 0},
-    "token_kl": {"columns": None, "keep": None, "reverse": True},
-    "token_kl_backward": {"columns": None, "keep": None, "reverse": True},
+    "bridge_project": [dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous"))],
+    "linear_kl": _HEADS,
+    "linear_kl_backward": _HEADS,
+    "linear_projection_kl": [{"softcap": None} | other for other in _DIVERGENCES],
+    "linear_projection_kl_backward": [{"softcap": None, "grad_nll": None} | other for other in _DIVERGENCES],
+    "projection_kl": _DIVERGENCES,
+    "projection_kl_backward": [{"grad_nll": None} | other for other in _DIVERGENCES],
+    "projection_kl_": [{"nll_weight": None} | other for other in _DIVERGENCES],
+    "token_kl": _TOKENS,
+    "token_kl_backward": _TOKENS,
+    "token_kl_": _TOKENS,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -51,7 +58,7 @@ def launches():
         if "triton" not in op.implementations:
             continue
         names = [argument.name for argument in getattr(torch.ops.chassis, op.name).default._schema.arguments]
-        for dtype, other in itertools.product(op.implementations["triton"].dtypes, ({}, OTHERWISE.get(op.name, {}))):
+        for dtype, other in itertools.product(op.implementations["triton"].dtypes, ({}, *OTHERWISE.get(op.name, ()))):
             arguments = dict(zip(names, op.example("cpu"), strict=True)) | other
             op.implementations["triton"].run(*(as_type(name, a, dtype) for name, a in arguments.items()))
     return found
