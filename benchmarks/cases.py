@@ -70,6 +70,11 @@ def simple(function: Callable, **options) -> Provider:
     return Provider(lambda *inputs: lambda: function(*inputs), **options)
 
 
+def products(function: Callable) -> Provider:
+    """The matrix products of a case alone, `function(*inputs)`: how much of eager's time no loss can save. No result."""
+    return simple(function, read=lambda output, *inputs: (), of=lambda full: ())
+
+
 def compiled(function: Callable, **options) -> Provider:
     """`function` under torch.compile; a failure to compile shows when the step first runs."""
 

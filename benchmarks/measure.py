@@ -148,7 +148,7 @@ def _error(found: tuple, truth: tuple) -> float:
         float((a.to(b.device).double() - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
         for a, b in zip(found, truth, strict=True)
     ]
-    return max(error if error == error else float("inf") for error in errors)
+    return max((error if error == error else float("inf") for error in errors), default=0.0)
 
 
 def _complete(row: dict) -> dict:

@@ -1,6 +1,7 @@
 """KL per row between two heads' softmaxes, against two [N, V] products and log_softmax.
 
-With r > 0 the first logits carry a rank-r change, and the gradients for its factors are part of the result.
+`gemm` is eager's two products alone. With r > 0 the first logits carry a rank-r change, and the gradients for its factors
+are part of the result.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES as _DTYPES
-from benchmarks.cases import Case, Provider, generator
+from benchmarks.cases import Case, Provider, generator, products
 from chassis_kernels import Delta, linear_kl
 
 DTYPES = tuple(_DTYPES)
@@ -74,6 +75,7 @@ def case(N: int, D: int, V: int, dtype: str, r: int = 0) -> Case:
         {
             "eager": provider(eager),
             "chassis": provider(chassis, op="linear_kl"),
+            "gemm": products(lambda h_a, W_a, h_b, W_b, *factors: (h_a @ W_a.T, h_b @ W_b.T)),
             "chunked": provider(chunked),
             "compile": provider(eager, compile_it=True),
         },

@@ -1,8 +1,8 @@
 """projection_kl from hidden states and unembedding, with the gradients for both, against the product followed by the loss.
 
 `eager` makes the logits and takes the loss as published eager code writes it; `eager_kernel` makes the logits and hands them
-to our projection_kl. With `single`, chunks hold one student token: ours then makes the logits of those tokens alone that
-project into the k columns, and prints their share to stderr.
+to our projection_kl; `gemm` is their three products alone. With `single`, chunks hold one student token: ours then makes the
+logits of those tokens alone that project into the k columns, and prints their share to stderr.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import torch
 
 from benchmarks.cases import DTYPES as _DTYPES
-from benchmarks.cases import Case, Provider, generator
+from benchmarks.cases import Case, Provider, generator, products
 from benchmarks.distillation import aligned, inputs, pairs, ranges
 from benchmarks.ops.projection_kl import project_rows
 from chassis_kernels import linear_projection_kl, projection_kl
@@ -73,12 +73,18 @@ def case(T: int, D: int, V_s: int, V_t: int, K: int, k: int, dtype: str, single:
             "eager": _whole(eager),
             "eager_kernel": _whole(kernel),
             "chassis": _whole(chassis, op="linear_projection_kl_backward"),
+            "gemm": products(_products),
             "chunked": _in_parts(k),
             "compile": _whole(eager, compile_it=True),
         },
         flops=6 * T * V_s * D * kept,  # three products
         bytes=kind.itemsize * (2 * V_s * D + T * V_t),  # the head read and its gradient written once, the teacher's logits
     )
+
+
+def _products(hidden, weight, *_):
+    logits = hidden @ weight.T
+    return logits @ weight, logits[0].T @ hidden[0]
 
 
 def _whole(loss, compile_it: bool = False, **options) -> Provider:
