@@ -121,7 +121,7 @@ def maximise(
             joint = batch.p * M[place]
             total = np.add.reduceat(joint, batch.start[:-1])
             likelihood += np.log(total).sum()
-            A += np.bincount(place, weights=joint / np.repeat(total, np.diff(batch.start)), minlength=len(keys))
+            np.add.at(A, place, joint / np.repeat(total, np.diff(batch.start)))
         if prior:
             likelihood += prior * float((T[T > 0] * np.log(M[T > 0])).sum())
         history.append(float(likelihood / evidence.n_positions))
