@@ -18,15 +18,16 @@ def row_probabilities(states: States, n_rows: int, cells: int = 0) -> Iterator[t
 
     `cells`: numbers that the caller makes for each position, to choose tiles that fit into memory.
     """
+    everything, _, start = states.mixtures
     step = max(1, CELLS // max(n_rows, cells))
     for begin in range(0, len(states.plan), step):
         tile = slice(begin, min(begin + step, len(states.plan)))
-        mixtures = [states.mixture(position) for position in range(tile.start, tile.stop)]
         logits, share = states.rows(np.arange(tile.start, tile.stop))
-        P = torch.zeros(len(mixtures), n_rows, device=logits.device)
+        P = torch.zeros(len(logits), n_rows, device=logits.device)
         P[:, : logits.shape[1]] = (logits.float() / states.temperature).softmax(1) * share.exp()[:, None]
-        place = torch.arange(len(mixtures)).repeat_interleave(torch.tensor([len(m.rows) for m in mixtures]))
-        rows = torch.from_numpy(np.concatenate([m.rows for m in mixtures]))
-        listed = torch.from_numpy(np.exp(np.concatenate([m.logs for m in mixtures]))).float()
-        P.index_put_((place.to(P.device), rows.to(P.device)), listed.to(P.device), accumulate=True)
+        begins = start[tile.start : tile.stop + 1]
+        listed = slice(begins[0], begins[-1])
+        place = torch.from_numpy(np.repeat(np.arange(len(P)), np.diff(begins)))
+        rows, p = (torch.from_numpy(x) for x in (everything.rows[listed], np.exp(everything.logs[listed])))
+        P.index_put_((place.to(P.device), rows.to(P.device)), p.float().to(P.device), accumulate=True)
         yield tile, P
