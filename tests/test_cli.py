@@ -169,6 +169,18 @@ def test_merge_writes_the_merged_model(work, tmp_path):
     assert again.exit_code == 2 and "not empty" in again.stderr
 
 
+def test_merge_writes_a_mixture(work, tmp_path):
+    plugs = ("--plug", f"one={work / 'out'}", "--plug", f"two={work / 'out'}")
+    assert chassis("merge", *plugs, "--route", "one=0.25,two=0.75", "-o", tmp_path / "half").exit_code == 0
+    assert chassis("merge", "--adapter", work / "out", "-o", tmp_path / "whole").exit_code == 0
+    half, whole = (load_causal_lm(tmp_path / name)[0] for name in ("half", "whole"))
+    for a, b in zip(half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for options, message in ((plugs, "give one --adapter"), ((*plugs, "--route", "three"), "no --plug named three")):
+        refused = chassis("merge", *options, "-o", tmp_path / "x")
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
 def test_export_writes_peft(work, tmp_path):
     result = chassis("export", "--adapter", work / "out", "--format", "peft", "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output

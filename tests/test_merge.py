@@ -112,7 +112,7 @@ def test_a_bias_beside_the_weights_is_exact(saved, ids, tmp_path, columns):
     torch.testing.assert_close(processor(None, logits(merged, ids)), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ChassisError, match="a bias of 300 tokens for logits of 10"):
         processor(None, torch.zeros(1, 10))
-    with pytest.raises(ChassisError, match="no readable logit_bias.safetensors"):
+    with pytest.raises(ChassisError, match="no readable logit_bias/bias.safetensors"):
         LogitBias.load(folder)
 
 

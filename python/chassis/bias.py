@@ -19,7 +19,7 @@ from chassis.adapter import Adapter
 from chassis.errors import ChassisError
 from chassis.files import write_file
 
-FILE = "logit_bias.safetensors"
+FILE = "logit_bias/bias.safetensors"  # in a folder of its own: engines take every *.safetensors beside it for weights
 
 
 class LogitBias(LogitsProcessor):

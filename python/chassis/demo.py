@@ -59,7 +59,7 @@ def run_bridge_demo(
     bridge = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
     bridge.save(Path(out) / "bridge.safetensors")
     ladder = compare(base, expert, bridge, documents, max_windows=LADDER_WINDOWS, progress=report)
-    loaded, through = Base(base.model, base.tokenizer, base.name), bridged_expert(base, expert, bridge)
+    loaded, through = Base(base.model, base.tokenizer, str(testbed.base)), bridged_expert(base, expert, bridge)
     result = fit(loaded, through, documents, options, out=out, progress=lambda s, d, n: report(f"bridge: {s}", d, n))
     scores = measure(loaded, through, result, lambda s, d, n: report(f"bridge: {s}", d, n))
     results = summarise(loaded, through, result, scores, PROMPTS, "The same from an expert with another tokenizer")

@@ -28,7 +28,7 @@ from chassis.files import ensure_writable
 from chassis.models import load_tokenizer, vocabulary_hash
 from chassis.models.head import SCALE_HINTS, SOFTCAP_HINTS
 from chassis.port import output_head
-from chassis.stored import INDEX, OTHER_FILES, Entry, Stored, entries
+from chassis.stored import INDEX, OTHER_FILES, SINGLE, Entry, Stored, entries
 
 BLOCK = 1 << 22  # numbers of the head that are held at once
 UNTIED = "the embeddings were tied to the output head: untied, the checkpoint grows by one head"
@@ -96,7 +96,7 @@ def merge_to(base: str | Path, adapter: Adapter, folder: str | Path, *, bias: st
         _change(source, adapter, folded, staging)
         if beside:
             write_bias(adapter, staging, **_after_the_head(staging / "config.json"))
-        for path in staging.iterdir():
+        for path in filter(Path.is_file, staging.rglob("*")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
@@ -112,7 +112,7 @@ def _names(source: Stored) -> dict[str, str]:
     """What the source's files are called in the merged checkpoint; a head that they lack comes last, in its own file."""
     n_files = len(source.files) + source.lacks_head
     numbered = [f"model-{i + 1:05d}-of-{n_files:05d}.safetensors" for i in range(n_files)]
-    names = numbered if n_files > 1 else ["model.safetensors"]
+    names = numbered if n_files > 1 else [SINGLE]
     return dict(zip([*source.files, ""], names, strict=False))
 
 

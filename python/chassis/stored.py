@@ -16,7 +16,7 @@ from chassis.errors import ModelError
 from chassis.models import load_tokenizer
 from chassis.models.forward import unembedding_of
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")  # config, tokenizer, licence; never code
 CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -91,7 +91,9 @@ class Stored:
 
         folder = _local(base)
         files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if (folder / INDEX).exists():
+        if SINGLE in files:
+            files = [SINGLE]
+        elif (folder / INDEX).exists():
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         if not files:
             raise ModelError(f"{base}: no *.safetensors in it; convert the checkpoint with model.save_pretrained(folder)")

@@ -97,6 +97,19 @@ def adapters_and_base(folders: Mapping[str, Path], base: str | None, dtype: str 
     return adapters, load_base(base or bases[0], dtype, device)
 
 
+def mixture(plug: Sequence[str], route: str):
+    """The linear composition `route`, such as code=0.7,docs=0.3, of the adapters of `plug` as one adapter."""
+    from chassis.adapter import Adapter, combine
+    from chassis.routing import parse_route
+
+    adapters = {name: Adapter.load(folder) for name, folder in plugs(plug).items()}
+    weights = parse_route(route)
+    weights = {weights: 1.0} if isinstance(weights, str) else weights
+    if unknown := [name for name in weights if name not in adapters]:
+        raise ChassisError(f"--route {route}: no --plug named {', '.join(unknown)}; plugged: {', '.join(adapters)}")
+    return combine([(weight, adapters[name]) for name, weight in weights.items()])
+
+
 def plugs(texts: Sequence[str]) -> dict[str, Path]:
     """What `code=out1` and its like name; raises ChassisError for anything else, and for a name given twice."""
     pairs = [text.partition("=") for text in texts]

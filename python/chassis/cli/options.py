@@ -60,3 +60,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 NewFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write, new or empty.")]
 AdapterFolder = Annotated[Path, typer.Option("--adapter", help="Folder that `chassis fit` wrote.")]
+OneAdapter = Annotated[Path | None, typer.Option("--adapter", help="Folder that `chassis fit` wrote.", show_default=False)]
+Plug = Annotated[
+    list[str] | None, typer.Option("--plug", help="Several of them, as name=folder. Repeatable.", show_default=False)
+]

@@ -57,12 +57,8 @@ def evaluate(
 def generate(
     terminal: Terminal,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from. Repeatable.")],
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Folder that `chassis fit` wrote.", show_default=False)
-    ] = None,
-    plug: Annotated[
-        list[str] | None, typer.Option("--plug", help="Several of them, as name=folder. Repeatable.", show_default=False)
-    ] = None,
+    adapter: options.OneAdapter = None,
+    plug: options.Plug = None,
     route: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,21 +112,28 @@ def generate(
 @command(app, "merge")
 def merge(
     terminal: Terminal,
-    adapter: options.AdapterFolder,
     out: options.NewFolder,
+    adapter: options.OneAdapter = None,
+    plug: options.Plug = None,
+    route: Annotated[
+        str | None, typer.Option("--route", help="With --plug: weights such as code=0.7,docs=0.3.", show_default=False)
+    ] = None,
     base: options.FittedBase = None,
     bias: Annotated[
         str,
         typer.Option("--bias", help="fold: into the weights, as near as can be; side: exactly, in a file."),
     ] = "fold",
 ) -> dict:
-    """Fold an adapter into a copy of the base: a plain checkpoint that any engine serves at no extra cost."""
+    """Fold an adapter, or a mixture of several, into a copy of the base: a plain checkpoint that any engine serves at no
+    extra cost."""
     from chassis.adapter import Adapter
     from chassis.cli import loading
     from chassis.merge import merge_to
 
+    if (adapter is None) == (not plug) or (route is None) != (not plug):
+        raise ChassisError("give one --adapter folder, or --plug name=folder as often as wanted with --route weights")
     loading.quiet()
-    fitted = Adapter.load(adapter)
+    fitted = loading.mixture(plug, route) if plug else Adapter.load(adapter)
     return _written(terminal, out, merge_to(base or fitted.config.base, fitted, out, bias=bias))
 
 
