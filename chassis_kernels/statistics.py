@@ -7,7 +7,7 @@ moments of the other folds are S_all − S_fold, the inverse of a merge.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,18 +111,18 @@ class Statistics:
             total.merge(other)
         return total
 
-    def part(self, fold: int | None = None, *, without: int | None = None) -> Rows | Moments:
-        """All rows, those of a fold, or those of all the others."""
-        if self._held:
-            held, folds = zip(*self._held, strict=True)
-            everything, folds = _joined(held), torch.cat(folds)
-            if fold is None and without is None:
-                return everything
-            chosen = (folds == fold if without is None else folds != without).to(everything.x.device)
-            return Rows(*rows.selected(everything, chosen))
-        if fold is not None:
-            return self.folds[fold]
-        return self.moments if without is None else self.moments.subtract(self.folds[without])
+    def part(self, fold: int | None = None) -> Rows | Moments:
+        """All rows, or those of a fold."""
+        if not self._held:
+            return self.moments if fold is None else self.folds[fold]
+        everything = _joined([own for own, _ in self._held])
+        return everything if fold is None else self._only(everything, lambda folds: folds == fold)
+
+    def without(self, fold: int, everything: Rows | Moments) -> Rows | Moments:
+        """The rows of all other folds, from `part()`: S_all − S_fold."""
+        if isinstance(everything, Moments):
+            return everything.copy().subtract(self.folds[fold])
+        return self._only(everything, lambda folds: folds != fold)
 
     def merge(self, other: Statistics) -> None:
         """Add the rows that `other` has seen; raises ValueError, changing nothing, where the two do not go together."""
@@ -139,7 +139,7 @@ class Statistics:
 
     def copy(self) -> Statistics:
         """Independent statistics with the same content."""
-        new = Statistics(self.dim_x, self.dim_y, n_folds=self.n_folds, full_y=self.full_y, device=self.device)
+        new = Statistics(self.dim_x, self.dim_y, n_folds=self.n_folds, full_y=self.full_y, hold=True, device=self.device)
         new._held = None if self._held is None else list(self._held)
         new._moments = None if self._moments is None else [moments.copy() for moments in self._moments]
         new.rows, new.dropped = self.rows, self.dropped
@@ -185,6 +185,10 @@ class Statistics:
 
     def _new(self) -> list[Moments]:
         return [Moments(self.dim_x, self.dim_y, full_y=self.full_y, device=self.device) for _ in range(self.n_folds)]
+
+    def _only(self, everything: Rows, choose: Callable[[Tensor], Tensor]) -> Rows:
+        chosen = choose(torch.cat([folds for _, folds in self._held])).to(everything.x.device)
+        return Rows(*rows.selected(everything, chosen))
 
     def _split(self, batch: rows.Batch, fold: Tensor | None) -> None:
         for k, moments in enumerate(self.folds):

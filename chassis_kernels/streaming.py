@@ -109,7 +109,7 @@ class StreamingEstimator(Estimator):
         expected = FORMAT | {"class": cls.__name__}
         state, metadata = state_file.read(path, expected, device, what=f"{cls.__name__}.save")
         estimator = cls(**json.loads(metadata["params"]))
-        estimator._statistics = Statistics(**json.loads(metadata["shape"]), hold=cls._hold, device=device)
+        estimator._statistics = Statistics(**json.loads(metadata["shape"]), hold=True, device=device)
         estimator._statistics.load_state_dict(state)
         estimator._adopt(json.loads(metadata["attributes"]))
         return estimator

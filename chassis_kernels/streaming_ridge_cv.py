@@ -111,7 +111,7 @@ class StreamingRidgeCV(Regressor):
         if self._statistics.n_folds == 1:
             errors = whole.gcv(penalties)
         else:
-            errors = self._held_out(self._statistics) / whole.count
+            errors = self._held_out(self._statistics, everything) / whole.count
         alphas = torch.as_tensor(self.alphas, dtype=torch.float64, device=errors.device)
         judged, variance = errors, whole.q / whole.count
         if not self.alpha_per_target:
@@ -124,7 +124,7 @@ class StreamingRidgeCV(Regressor):
         W, b, used = whole.coefficients(penalties[best])
         return _Solution(W, b, used, best, errors, whole.degrees_of_freedom(penalties))
 
-    def _held_out(self, statistics: Statistics) -> Tensor:
+    def _held_out(self, statistics: Statistics, everything: Rows | Moments) -> Tensor:
         parts = [statistics.part(fold) for fold in range(statistics.n_folds)]
         filled = [fold for fold, part in enumerate(parts) if float(part.count) > 0]
         if len(filled) < 2:
@@ -134,7 +134,7 @@ class StreamingRidgeCV(Regressor):
             )
         total = 0
         for fold in filled:
-            fitted = Eigenbasis.of(statistics.part(without=fold), self.fit_intercept)
+            fitted = Eigenbasis.of(statistics.without(fold, everything), self.fit_intercept)
             total = total + fitted.held_out(fitted.absolute(self.alphas, self.alpha_scale), parts[fold])
         return total
 
