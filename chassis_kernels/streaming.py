@@ -30,8 +30,7 @@ class StreamingEstimator(Estimator):
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None, groups: Any = None) -> StreamingEstimator:
         """Forget what was fitted, fit these rows and solve. Arguments as for `partial_fit`."""
-        for name in ("_statistics", "_flat", "_grouped"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_statistics", None)
         self.partial_fit(X, y, sample_weight, groups)._solved()
         return self
 
@@ -40,7 +39,8 @@ class StreamingEstimator(Estimator):
 
         X [N, D] and y [N, T] or [N] are torch tensors (any float dtype and device), numpy arrays or data frames. X may
         also be a DataLoader or an iterator, of batches (X, y[, sample_weight[, groups]]) or, where no y is needed, of X.
-        Rows with NaN or infinity raise ValueError and leave the fit as it was, or with nan="drop" are left out.
+        Rows with NaN or infinity raise ValueError and leave the fit as it was before their batch, or with nan="drop" are
+        left out.
         """
         if isinstance(X, (torch.utils.data.DataLoader, Iterator)):
             for batch in X:
@@ -151,23 +151,15 @@ class StreamingEstimator(Estimator):
         fold = None if groups is None else fold_of(groups, n_folds)
         if fold is not None and len(fold) != len(rows):
             raise ValueError(f"groups has {len(fold)} entries, expected one for each of {len(rows)} rows")
-        statistics = (
-            self._statistics
-            if not first
-            else Statistics(
-                rows.shape[1],
-                0 if targets is None else targets.shape[1],
-                n_folds=n_folds,
-                full_y=self._full_y,
-                hold=self._hold,
-                device=rows.device,
-            )
-        )
-        if not first and statistics.n_folds != n_folds:
-            raise ValueError("groups must be given with every batch or with none")
+        if first:
+            widths = rows.shape[1], 0 if targets is None else targets.shape[1]
+            options = {"n_folds": n_folds, "full_y": self._full_y, "hold": self._hold, "device": rows.device}
+            statistics = Statistics(*widths, **options)
+        else:
+            statistics = self._statistics
+            if statistics.n_folds != n_folds:
+                raise ValueError("groups must be given with every batch or with none")
         statistics.update(rows, targets, weight, fold, self.nan)
-        if first and statistics.rows == 0:
-            raise ValueError("every row holds NaN or infinity: there is nothing to fit")
         self._statistics, self._flat, self._solution = statistics, flat, None
 
     def _targets(self, y: Any, rows: Tensor) -> tuple[Tensor, bool]:

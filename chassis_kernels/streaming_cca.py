@@ -48,7 +48,7 @@ class StreamingCCA(Transformer):
             return scores
         targets, _ = self._targets(y, as_tensor(X, "X"))
         pairs = self._solved()
-        targets = targets.to(pairs.y) if targets.dtype == pairs.y.dtype else targets.float()
+        targets = targets if targets.dtype == pairs.y.dtype else targets.float()
         return scores, like((targets - pairs.mean_y.to(targets)) @ pairs.y.to(targets), y)
 
     @property

@@ -182,6 +182,10 @@ def test_batches_of_a_loader_and_dropped_rows():
     streamed, clean = StreamingRidgeCV(ALPHAS, nan="drop").fit(loader), StreamingRidgeCV(ALPHAS).fit(x[good], y[good])
     assert streamed.n_samples_seen_ == 198 and streamed.moments_.rows == 198
     np.testing.assert_allclose(streamed.coef_, clean.coef_, rtol=1e-9)
+    late = StreamingRidgeCV(ALPHAS, nan="drop").partial_fit(x[3:4], y[3:4])
+    with pytest.raises(ValueError, match="no rows"):
+        late.predict(x[good])
+    np.testing.assert_allclose(late.partial_fit(x, y).coef_, clean.coef_, rtol=1e-9)
     by_document = StreamingRidgeCV(ALPHAS).fit((x[i : i + 1], y[i : i + 1], None, [i]) for i in range(80, 200))
     np.testing.assert_allclose(by_document.coef_, StreamingRidgeCV(ALPHAS).fit(x[80:], y[80:], groups=range(80, 200)).coef_)
     with pytest.raises(ValueError, match="over before the first"):
