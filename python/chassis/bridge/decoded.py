@@ -18,7 +18,7 @@ from chassis.bridge.leaves import Leaves
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BridgeTable
 
-METHODS = {"exact": "exact match through decode", "two_segment": "two segments through decode"}
+METHODS = {"exact": "exact, by decode", "two_segment": "two_segment, by decode"}
 
 
 def decoded_bridge(method: str, expert: TokenBytes, base: TokenBytes, tokenizers: tuple) -> Bridge:

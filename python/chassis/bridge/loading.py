@@ -144,7 +144,7 @@ def semantic_heads(
     heads.append(head_by_states(bridge, ours, readings()))
     found = {f"semantic: {head.mode}": head for head in heads}
     if bridge.method == "counted":
-        found["counted, hidden_ridge on open mass"] = OnOpenMass(heads[-1], bridge.asking_base())
+        found["counted + hidden_ridge"] = OnOpenMass(heads[-1], bridge.asking_base())
     return found
 
 

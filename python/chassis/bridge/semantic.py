@@ -7,7 +7,7 @@ last has rows of the expert's width; an anchor keeps the expert's own row, other
 
 * ridge: w A, with A the ridge regression of e on w over the anchors;
 * procrustes: the same with s A, A of orthonormal rows or columns;
-* matching_pursuit: Σ c_i e_i, where w ≈ Σ c_i w_i over at most 64 anchors.
+* pursuit: Σ c_i e_i, where w ≈ Σ c_i w_i over at most 64 anchors (orthogonal matching pursuit).
 
 * pseudo_inverse: w A for the anchors too, which is W_B h' for the h' = A h that gives the anchors' logits best;
 * hidden_ridge: the base's own unembedding of a ridge regression of the base's final state on the expert's, over places where
@@ -38,7 +38,7 @@ from chassis_kernels.bridge_project import Bridged
 from chassis_kernels.reference.bridge_project import blocked_places
 from chassis_kernels.ridge import solve
 
-MODES = ("ridge", "procrustes", "matching_pursuit", "pseudo_inverse", "hidden_ridge")
+MODES = ("ridge", "procrustes", "pursuit", "pseudo_inverse", "hidden_ridge")
 ALPHA = 1e-3  # ridge, relative to the mean eigenvalue
 ATOMS = 64
 
@@ -112,7 +112,7 @@ def head_by_rows(mode: str, bridge: Bridge, base: Readout, expert: Readout) -> S
         made = rows @ fit_ridge(w, e, ALPHA, alpha_scale="trace")[0]
     elif mode == "procrustes":
         made = rows @ procrustes(w, e).W.float()
-    elif mode == "matching_pursuit":
+    elif mode == "pursuit":
         made = torch.zeros(len(W), E.shape[1])
         free = torch.tensor(sorted(set(tokens) - set(ours.tolist())), dtype=torch.long)
         made[free] = matching_pursuit(w, rows[free], ATOMS) @ e
