@@ -1,14 +1,16 @@
 """The cases of `benchmarks/ops/port.py` under pytest-benchmark, and decoding on the testbed in each form of an adapter."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.pytest_entry import entry
 
 test_port = entry("port")
-TOKENS, RANK = 64, 32
+TOKENS, RANK, ROUNDS = 64, 32, 21
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,14 @@ def speakers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("name", ["base", "attached", "merged", "peft"])
-def test_decoding_on_the_testbed(benchmark, speakers, name, rows):
-    benchmark.group = f"greedy decoding of {TOKENS} tokens, {rows} rows"
+def test_decoding_on_the_testbed(speakers, rows, capsys):
+    """Prints milliseconds per token and the ratio to the base; the models take turns, as in `benchmarks/run.py`."""
     ids = torch.arange(8).repeat(rows, 1) + 5
     options = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "pad_token_id": 0}
-    speaker = speakers[name]
-    benchmark.pedantic(lambda: speaker.generate(input_ids=ids, **options), warmup_rounds=1, rounds=7)
+    steps = {name: [partial(model.generate, input_ids=ids, **options)] for name, model in speakers.items()}
+    times = timing.rounds_of(steps, ROUNDS, torch.device("cpu"))
+    with capsys.disabled():
+        print(f"\ngreedy decoding, {rows} rows, {ROUNDS} rounds: median and 20-80 % of the ratio to the base")
+        for name, each in times.items():
+            ratio, low, high = timing.spread(timing.ratios(each, times["base"]))
+            print(f"{name:>9} {timing.spread(each)[0] / TOKENS:.3f} ms a token, {ratio:.3f} ({low:.3f}-{high:.3f})")
