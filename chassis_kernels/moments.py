@@ -289,4 +289,5 @@ backends.register(
         frozenset({torch.float32, torch.bfloat16, torch.float16}),
         "portable, AVX2 and AVX-512 by tests/test_moments.py",
     ),
+    triton=backends.triton_kernel("moments", "moments_update_"),
 )

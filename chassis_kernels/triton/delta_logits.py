@@ -27,9 +27,11 @@ ALONE, FIRST, LATER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def adapters_of(adapter_id, o_n, n, adapters):
     """The adapters of rows o_n; negative for none, for ids out of range and past the last row."""
     if adapter_id is None:
-        return tl.where(o_n < n, 0, -1).to(tl.int64)
-    b_id = tl.load(adapter_id + o_n, mask=o_n < n, other=-1)
-    return tl.where(b_id < adapters, b_id, -1)
+        b_id = tl.where(o_n < n, 0, -1).to(tl.int64)
+    else:
+        b_id = tl.load(adapter_id + o_n, mask=o_n < n, other=-1)
+        b_id = tl.where(b_id < adapters, b_id, -1)
+    return b_id
 
 
 @triton.jit

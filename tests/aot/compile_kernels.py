@@ -35,10 +35,12 @@ _TOKENS = [{"reverse": True}, {"columns": None, "keep": None, "reverse": True}]
 _HEADS = [dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a"))]
 OTHERWISE = {
     "bridge_project": [dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous"))],
+    "delta_logits_": [dict.fromkeys(("bias", "mean", "cols", "adapter_id"))],
     "linear_kl": _HEADS,
     "linear_kl_backward": _HEADS,
     "linear_projection_kl": [{"softcap": None} | other for other in _DIVERGENCES],
     "linear_projection_kl_backward": [{"softcap": None, "grad_nll": None} | other for other in _DIVERGENCES],
+    "moments_update_": [dict.fromkeys(("mean_y", "xy", "yy", "y", "weight")) | {"x": torch.ones(2**13 + 1, 3)}],
     "projection_kl": _DIVERGENCES,
     "projection_kl_backward": [{"grad_nll": None} | other for other in _DIVERGENCES],
     "projection_kl_": [{"nll_weight": None} | other for other in _DIVERGENCES],
