@@ -12,8 +12,8 @@ cannot stand side by side are left out. `evaluations` are spent on each position
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,66 +21,89 @@ from torch import Tensor
 
 from chassis.bridge.apply import States
 from chassis.bridge.bridge import Bridge
-from chassis.bridge.leaves import prefix_range
-from chassis.bridge.plan import Plan
+from chassis.bridge.plan import Plan, first_piece
 from chassis.bridge.rules import first_tokens
 from chassis.bridge.states import ExpertStates
 from chassis_kernels.bridge_project import Bridged
 
 CHILDREN = 256  # next tokens followed apart; the rest stays with the row of its beginning
 ROUNDS = 4
+FIRST = 64  # hypotheses of one state that are kept to be followed
+OPEN = 1e-5  # mass times spread below which a hypothesis is not followed
+KEPT = 1_000_000  # strings whose endings are kept
+CELLS = 8_000_000  # probabilities of new states at hand at once
 
 
-@dataclass(frozen=True, eq=False)
-class Finish:
-    """L of a string: base tokens with their shares, and how open it leaves the base token."""
+@dataclass(eq=False)
+class Leaves:
+    """Hypotheses, all arrays [n]: at `position` the expert is in `node` and says `token`; `text` has come since, with
+    probability `mass`; L of the text is `ending`, an index into the Finisher's arrays."""
 
-    ids: np.ndarray
-    shares: np.ndarray
-    spread: float
+    position: np.ndarray
+    mass: np.ndarray
+    node: np.ndarray
+    token: np.ndarray
+    text: np.ndarray  # of bytes
+    ending: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.mass)
 
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """A hypothesis: the expert is in `node` and says `token`; since the position came `text`, with probability `mass`."""
+    def take(self, which: np.ndarray) -> Leaves:
+        return Leaves(*(getattr(self, field.name)[which] for field in fields(self)))
 
-    mass: float
-    node: int
-    token: int
-    text: bytes
-    finish: Finish
-
-    @property
-    def open(self) -> float:
-        return self.mass * self.finish.spread
+    @classmethod
+    def join(cls, parts: list[Leaves]) -> Leaves:
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 class Finisher:
-    """`finish(text)`, kept once found."""
+    """L: `begin`, `size` and `spread` [endings] of the base tokens `ids` and their `shares`, and how open they leave it.
+
+    An ending is a row of the table, or, behind them, a base token that may go on or one that may not.
+    """
 
     def __init__(self, bridge: Bridge) -> None:
-        self.bridge = bridge
-        leaves, table = bridge.leaves, bridge.table
-        self.row_of = {text: row for row, text in reversed(list(enumerate(leaves.strings))) if text}
-        self.start, self.ids, self.weights = table.start.numpy(), table.ids.numpy(), table.weights.double().numpy()
-        self.spread = table.spread.double().numpy()
-        self._sorted = sorted(bridge.base.ids_by_bytes)
-        self._known: dict[bytes, Finish] = {}
+        table, self.base = bridge.table, bridge.base
+        self.n_rows, n_base = table.shape
+        self._ending = {text: row for row, text in reversed(list(enumerate(bridge.leaves.strings))) if text}
+        self._n_row_texts = len(self._ending)
+        token = np.arange(n_base)
+        self.ids = np.concatenate([table.ids.numpy(), token])
+        self.shares = np.concatenate([table.weights.double().numpy(), np.ones(n_base)])
+        single = np.append(len(table.ids) + token, 0)  # the last: no base token at all
+        self.begin = np.concatenate([table.start.numpy()[:-1], single, single])
+        self.size = np.concatenate([table.start.diff().numpy(), *[np.append(np.ones(n_base, dtype=np.int64), 0)] * 2])
+        # Only where a longer base token begins with the text is there something to learn by going on.
+        self.spread = np.concatenate([table.spread.double().numpy(), *np.repeat([[0.05], [0.5]], n_base + 1, axis=1)])
+        self._cut = all(first_piece(data) == data for data in bridge.base.ids_by_bytes)  # no token goes on into a next piece
+        self._beginnings = {data[:end] for data in bridge.base.ids_by_bytes for end in range(1, len(data) + 1)}
 
-    def row(self, row: int) -> Finish:
-        span = slice(self.start[row], self.start[row + 1])
-        return Finish(self.ids[span], self.weights[span], float(self.spread[row]))
+    def endings(self, texts: list[bytes]) -> np.ndarray:
+        """The ending [n] of each text."""
+        missing = list({text for text in texts if text not in self._ending})
+        if missing:
+            pieces = [first_piece(text) for text in missing] if self._cut else missing
+            unique = list(dict.fromkeys(pieces))
+            first = dict(zip(unique, first_tokens(self.base, unique).tolist(), strict=True))
+            none = self.base.width
+            for text, piece in zip(missing, pieces, strict=True):
+                token = first[piece] if first[piece] >= 0 else none
+                self._ending[text] = self.n_rows + token + (none + 1) * (text in self._beginnings)
+        found = np.fromiter(map(self._ending.__getitem__, texts), np.int64, len(texts))
+        if len(self._ending) > self._n_row_texts + KEPT:
+            self._ending = dict(list(self._ending.items())[: self._n_row_texts])
+        return found
 
-    def finish(self, texts: list[bytes]) -> list[Finish]:
-        missing = list(dict.fromkeys(text for text in texts if text not in self._known))
-        unknown = [text for text in missing if text not in self.row_of]
-        self._known |= {text: self.row(self.row_of[text]) for text in missing if text in self.row_of}
-        for text, first in zip(unknown, first_tokens(self.bridge.base, unknown).tolist(), strict=True):
-            low, high = prefix_range(self._sorted, text)
-            ids = np.array([first] if first >= 0 else [], dtype=np.int64)
-            # Only where a longer base token begins with the text is there something to learn by going on.
-            self._known[text] = Finish(ids, np.ones(len(ids)), 0.5 if low < high else 0.05)
-        return [self._known[text] for text in texts]
+    def add(self, q: np.ndarray, position: np.ndarray, ending: np.ndarray, mass: np.ndarray) -> None:
+        """q [positions, V_B] with `mass` [n] shared out as each ending says."""
+        size = self.size[ending]
+        of = np.repeat(np.arange(len(ending)), size)
+        place = np.arange(len(of)) - (size.cumsum() - size - self.begin[ending])[of]
+        np.add.at(q.reshape(-1), position[of] * q.shape[1] + self.ids[place], mass[of] * self.shares[place])
+
+
+_finishers: WeakKeyDictionary[Bridge, Finisher] = WeakKeyDictionary()
 
 
 def lookahead(
@@ -93,103 +116,110 @@ def lookahead(
     result = bridge.apply(plan, logits, masked=False)
     if bridge.identical or evaluations < 1 or not len(plan):
         return bridge.apply(plan, logits, masked=masked)
-    finisher = Finisher(bridge)
-    known = States(plan, logits, bridge.under_way, bridge.padding)
+    if bridge not in _finishers:
+        _finishers[bridge] = Finisher(bridge)
+    finisher = _finishers[bridge]
     q = result.log_q.double().exp().cpu().numpy()
     open_mass = result.uncertainty.double().cpu().numpy().copy()
-    frontier = [_first_leaves(known, finisher, position) for position in range(len(plan))]
-    tokens_at = {node: int(token) for node, token in enumerate(plan.tree.tokens)}
+    frontier = _first_leaves(States(plan, logits, bridge.under_way, bridge.padding), finisher)
     done, rounds = 0, min(ROUNDS, evaluations)
     for turn in range(rounds):
         share = evaluations * (turn + 1) // rounds - done
         done += share
-        chosen = [(p, leaf) for p, heap in enumerate(frontier) for leaf in _heaviest(heap, share)]
-        if not chosen:
+        order, rank = _by_weight(frontier, finisher)
+        chosen = frontier.take(order[rank < share])
+        if not len(chosen):
             break
-        keys = list(dict.fromkeys((leaf.node, leaf.token) for _, leaf in chosen))
-        first = len(states)
+        # No more than what is left to spend will be chosen of the rest.
+        frontier = frontier.take(order[(rank >= share) & (rank < share + evaluations - done)])
+        keys = dict.fromkeys(zip(chosen.node.tolist(), chosen.token.tolist(), strict=True))
+        number = {key: i for i, key in enumerate(keys)}
+        which = np.array([number[key] for key in zip(chosen.node.tolist(), chosen.token.tolist(), strict=True)])
         parent, token = (np.array(column, dtype=np.int64) for column in zip(*keys, strict=True))
+        first = len(states)
         following = states.grow(token, parent)
-        number = {key: first + i for i, key in enumerate(keys)}
-        tokens_at |= {number[key]: key[1] for key in keys}
-        log_p = _log_p(following, bridge)
-        for position, leaf in chosen:
-            node = number[leaf.node, leaf.token]
-            children = _children(bridge, finisher, leaf, node, log_p[node - first])
-            _move(q[position], leaf, children)
-            open_mass[position] += sum(child.open for child in children) - leaf.open
-            for child in children:
-                if child.open > 1e-5:
-                    heapq.heappush(frontier[position], (-child.open, id(child), child))
+        finisher.add(q, chosen.position, chosen.ending, -chosen.mass)
+        np.subtract.at(open_mass, chosen.position, chosen.mass * finisher.spread[chosen.ending])
+        step = max(1, CELLS // bridge.expert.width)
+        for begin in range(0, len(keys), step):
+            tokens, p = _children(bridge, token[begin : begin + step], following[begin : begin + step])
+            mine = np.flatnonzero((which >= begin) & (which < begin + step))
+            grown = _grow_leaves(bridge, finisher, chosen.take(mine), which[mine] - begin, first + begin, tokens, p, q)
+            opens = grown.mass * finisher.spread[grown.ending]
+            np.add.at(open_mass, grown.position, opens)
+            frontier = Leaves.join([frontier, grown.take(opens > OPEN)])
     return _finish(bridge, plan, torch.from_numpy(q), result, torch.from_numpy(open_mass), masked)
 
 
-def _first_leaves(known: States, finisher: Finisher, position: int) -> list[tuple[float, int, Leaf]]:
-    """The open hypotheses of one pass, as a heap."""
-    leaves = known.under_way.leaves
-    mixture = known.mixture(position)
-    heap = []
-    for node, share in zip(mixture.complete.tolist(), mixture.shares.tolist(), strict=True):
-        p = np.exp((known.logits[node].float() - known.lse[node]).double().cpu().numpy() + share)
-        opens = p * finisher.spread[: len(p)]
-        for token in np.argsort(-opens)[:64].tolist():
-            if opens[token] > 1e-5:
-                leaf = Leaf(float(p[token]), node, token, leaves.strings[token], finisher.row(token))
-                heap.append((-leaf.open, id(leaf), leaf))
-    begin = 0
-    for node, begun in known.plan.under_way[position]:
-        tokens, rows = known.under_way.after(int(known.plan.tree.tokens[node]), begun)
-        p = np.exp(mixture.logs[begin : begin + len(tokens)])
-        begin += len(tokens)
+def _first_leaves(known: States, finisher: Finisher) -> Leaves:
+    """The open hypotheses of one pass."""
+    strings, parts = known.under_way.leaves.strings, []
+
+    def add(position: int, node: int, p: np.ndarray, tokens: np.ndarray, rows: np.ndarray) -> None:
         opens = p * finisher.spread[rows]
-        for i in np.argsort(-opens)[:64].tolist():
-            if opens[i] > 1e-5:
-                row = int(rows[i])
-                leaf = Leaf(float(p[i]), node, int(tokens[i]), leaves.strings[row], finisher.row(row))
-                heap.append((-leaf.open, id(leaf), leaf))
-    heapq.heapify(heap)
-    return heap
+        best = np.argpartition(-opens, FIRST)[:FIRST] if len(opens) > FIRST else np.arange(len(opens))
+        best = best[opens[best] > OPEN]
+        texts = np.empty(len(best), dtype=object)
+        texts[:] = [strings[row] for row in rows[best].tolist()]
+        parts.append(
+            Leaves(np.full(len(best), position), p[best], np.full(len(best), node), tokens[best], texts, rows[best])
+        )
+
+    everything = np.arange(known.logits.shape[1])
+    for position in range(len(known.plan)):
+        mixture = known.mixture(position)
+        for node, share in zip(mixture.complete.tolist(), mixture.shares.tolist(), strict=True):
+            p = np.exp((known.logits[node].float() - known.lse[node]).double().cpu().numpy() + share)
+            add(position, node, p, everything, everything)
+        begin = 0
+        for node, begun in known.plan.under_way[position]:
+            tokens, rows = known.under_way.after(int(known.plan.tree.tokens[node]), begun)
+            add(position, node, np.exp(mixture.logs[begin : begin + len(tokens)]), tokens, rows)
+            begin += len(tokens)
+    return Leaves.join(parts)
 
 
-def _heaviest(heap: list, n: int) -> list[Leaf]:
-    return [heapq.heappop(heap)[2] for _ in range(min(n, len(heap)))]
+def _by_weight(leaves: Leaves, finisher: Finisher) -> tuple[np.ndarray, np.ndarray]:
+    """The leaves by position, the most open first, and the rank of each at its position."""
+    order = np.lexsort((-leaves.mass * finisher.spread[leaves.ending], leaves.position))
+    position = leaves.position[order]
+    return order, np.arange(len(order)) - np.searchsorted(position, position)
 
 
-def _log_p(logits: Tensor, bridge: Bridge) -> Tensor:
+def _children(bridge: Bridge, token: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest next tokens after `token` [n], and their probabilities among those that can follow it, [n, CHILDREN]."""
     logits = logits[:, : bridge.expert.width].float()
     if bridge.padding is not None:
         logits = logits.masked_fill(bridge.padding.to(logits.device), -torch.inf)
-    return torch.log_softmax(logits, 1)
+    p = torch.log_softmax(logits, 1).double().exp().cpu()
+    p[torch.from_numpy(bridge.under_way.mask.rows(token.tolist()))] = 0
+    best = (p / p.sum(1, keepdim=True)).topk(min(CHILDREN, p.shape[1]), dim=1)
+    return best.indices.numpy(), best.values.numpy()
 
 
-def _children(bridge: Bridge, finisher: Finisher, leaf: Leaf, node: int, log_p: Tensor) -> list[Leaf]:
-    """What `leaf` becomes when the expert's next token is known: its mass, shared out."""
-    p = log_p.double().exp().cpu().numpy()
-    p[bridge.under_way.mask.blocked_after(leaf.token)] = 0
-    p /= p.sum()
-    chosen = np.argsort(-p)[:CHILDREN]
-    special = np.flatnonzero(~bridge.expert.is_text)
-    texts = [leaf.text + bridge.expert.bytes[token] for token in chosen.tolist()]
-    finishes = finisher.finish(texts)
-    children = [
-        Leaf(leaf.mass * p[token], node, token, text, finish)
-        for token, text, finish in zip(chosen.tolist(), texts, finishes, strict=True)
-        if token not in special and p[token] > 0
-    ]
+def _grow_leaves(
+    bridge: Bridge, finisher: Finisher, chosen: Leaves, which: np.ndarray, first: int, tokens: np.ndarray, p: np.ndarray, q
+) -> Leaves:
+    """What `chosen` become when the expert's next token is known, their mass shared out and added to q.
+
+    The states behind them are numbered from `first`, `which` [n] tells the row of each in `tokens` and `p`.
+    """
+    is_text, data = bridge.expert.is_text[tokens], bridge.expert.bytes
+    parent, column = np.nonzero((is_text & (p > 0))[which])
+    token = tokens[which[parent], column]
+    texts = np.empty(len(parent), dtype=object)
+    texts[:] = [text + data[i] for text, i in zip(chosen.text[parent].tolist(), token.tolist(), strict=True)]
+    mass, position = chosen.mass[parent] * p[which[parent], column], chosen.position[parent]
+    grown = Leaves(position, mass, first + which[parent], token, texts, finisher.endings(texts.tolist()))
+    finisher.add(q, grown.position, grown.ending, grown.mass)
     # After a special token nothing more comes: the base's encoding ends with the text there is.
-    ended = float(p[np.intersect1d(special, chosen)].sum())
-    if ended > 0:
-        (stop,) = finisher.finish([leaf.text + b"\x00"])
-        children.append(Leaf(leaf.mass * ended, node, -1, leaf.text, Finish(stop.ids, stop.shares, 0.0)))
-    rest = 1 - sum(child.mass for child in children) / leaf.mass
-    children.append(Leaf(leaf.mass * max(rest, 0.0), node, -1, leaf.text, Finish(leaf.finish.ids, leaf.finish.shares, 0.0)))
-    return children
-
-
-def _move(q: np.ndarray, leaf: Leaf, children: list[Leaf]) -> None:
-    q[leaf.finish.ids] -= leaf.mass * leaf.finish.shares
-    ids = np.concatenate([child.finish.ids for child in children])
-    np.add.at(q, ids, np.concatenate([child.mass * child.finish.shares for child in children]))
+    ended = np.where(is_text, 0.0, p).sum(1)[which]
+    special = np.flatnonzero(ended > 0)
+    stop = finisher.endings([text + b"\x00" for text in chosen.text[special].tolist()])
+    finisher.add(q, chosen.position[special], stop, (chosen.mass * ended)[special])
+    rest = np.maximum(1 - p.sum(1)[which], 0.0)
+    finisher.add(q, chosen.position, chosen.ending, chosen.mass * rest)
+    return grown
 
 
 def _finish(bridge: Bridge, plan: Plan, q: Tensor, result: Bridged, uncertainty: Tensor, masked: bool) -> Bridged:

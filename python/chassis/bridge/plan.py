@@ -204,3 +204,8 @@ def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
             begin = place
     if data:
         yield begin, len(data)
+
+
+def first_piece(data: bytes) -> bytes:
+    """`data` up to where its second piece begins."""
+    return next((data[a:b] for a, b in _pieces(data)), data)
