@@ -1,8 +1,12 @@
+import time
+
 import numpy as np
 import pytest
+from chassis.bridge import Bridge
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.merges import Merges
-from chassis.bridge.pretokens import FOLLOWING, _before
+from chassis.bridge.pretokens import FOLLOWING, JOINED, SPLIT, _before
+from chassis.testbed.tokenizers import synthetic_bpe
 from chassis.text.token_bytes import TokenBytes
 from families import byte_level, metaspace_bpe, sentencepiece_bpe, unigram
 from tokenizers import Regex, pre_tokenizers
@@ -67,3 +71,56 @@ def test_lists_for_a_batch():
     lists, places = mask.lists([a, -1, b, a])
     assert places.tolist() == [0, -1, 1, 0] and len(lists) == 2
     assert np.array_equal(lists.tokens[lists.start[1] :].numpy(), mask.blocked_after(b))
+
+
+def test_pretokenizer_states_tell_all_tokens_apart():
+    """Every token tried behind `previous` gives what the tokens of its state and group gave."""
+    tokens = TokenBytes.from_tokenizer(BPE["llama3"]())
+    mask = CanonicalMask(tokens)
+    pre = mask._pretokens
+    known = np.flatnonzero(mask.whole)
+    for previous in [tokens.ids_by_bytes[b][0] for b in (b"'", b" ", b"s", b"\n", b"1", b"a", b".")]:
+        split, joined = pre.after(previous)
+        found = pre._outcomes(mask.texts[previous], [mask.texts[index] for index in known])
+        assert np.array_equal((found == SPLIT).any(0), split[known]) and np.array_equal(
+            (found == JOINED).any(0), joined[known]
+        )
+
+
+def test_joins_are_those_of_taking_both_tokens_apart():
+    """The definition, pair by pair: the piece of the highest rank is taken apart, until the two that meet join first."""
+    merges = Merges.read(TokenBytes.from_tokenizer(BPE["no_split"]()))
+    pair = {
+        (x, int(merges._partner[i])): int(merges._pair_rank[i])
+        for x in range(merges.n)
+        for i in range(merges._partners[x], merges._partners[x + 1])
+    }
+
+    def join(x, y):
+        limit = len(pair)
+        while True:
+            if pair.get((x, y), limit) < limit:
+                return True
+            if max(merges.rank[x], merges.rank[y]) < 0:
+                return False
+            if merges.rank[x] > merges.rank[y]:
+                x, limit = merges.right[x], merges.rank[x]
+            else:
+                y, limit = merges.left[y], merges.rank[y] + 1
+
+    compound = np.flatnonzero(merges.left >= 0)
+    for previous in [*compound[::40].tolist(), *merges.left[compound][:5].tolist()]:
+        assert merges.would_join(previous).tolist() == [join(previous, b) for b in range(merges.n)]
+
+
+@pytest.mark.slow
+def test_large_vocabularies_take_seconds():
+    expert, base = (TokenBytes.from_tokenizer(synthetic_bpe(n, seed)) for n, seed in ((40_000, 0), (50_000, 1)))
+    started = time.process_time()
+    bridge = Bridge.build(expert, base, "canonical")
+    built = time.process_time()
+    previous = np.random.default_rng(0).choice(np.flatnonzero(base.is_text), 200)
+    lists, _ = bridge.mask.lists(previous.tolist())
+    masked = time.process_time()
+    assert bridge.coverage()["unmapped_tokens"] == 0 and len(lists) == len(set(previous.tolist()))
+    assert built - started < 20 and masked - built < 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -48,6 +49,27 @@ def byte_level(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", padding_side="left")
+
+
+def synthetic_bpe(n: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of n tokens by merges drawn at random: a vocabulary of any size in seconds."""
+    rng = random.Random(seed)
+    letters = list("etaoinshrdlucmfwypvbgk")
+    vocab, merges = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+    words = [*letters, *("Ġ" + c for c in letters)]
+    for word in words[len(letters) :]:
+        vocab[word] = len(vocab)
+        merges.append((word[0], word[1:]))
+    while len(vocab) < n:
+        left, right = rng.choice(words), rng.choice(letters)
+        if left + right not in vocab and len(left) < 12:
+            vocab[left + right] = len(vocab)
+            merges.append((left, right))
+            words.append(left + right)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _plain_byte_tokens(tokenizer: Tokenizer) -> Tokenizer:
