@@ -11,6 +11,7 @@ beginning at each space that follows something else; there, no tokenizer in use 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from chassis.bridge.leaves import Leaves
 from chassis.bridge.pretokens import FOLLOWING
 from chassis.text.token_bytes import TokenBytes
 
+PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
 WHITE = frozenset(b" \t\r\n")
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
 
@@ -208,4 +210,5 @@ def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
 
 def first_piece(data: bytes) -> bytes:
     """`data` up to where its second piece begins."""
-    return next((data[a:b] for a, b in _pieces(data)), data)
+    found = PIECE_ENDS.search(data)
+    return data[: found.start() + 1] if found else data
