@@ -33,14 +33,15 @@ def text_windows(bridge: Bridge, text: str, length: int = 128) -> Iterator[TextW
     common = np.array([0, *(end for end in common.tolist() if end == len(data) or data[end] & 0xC0 != 0x80)])
     counts = [np.searchsorted(ends, common, side="right") for ends in (one.ends, other.ends)]  # tokens up to each end
 
-    def reach(begin: int, n: int) -> int:
-        """The last common end with at most n tokens of either kind since number `begin`."""
-        return min(int(np.searchsorted(count, count[begin] + n, side="right")) for count in counts) - 1
+    def reach(n: int) -> list[int]:
+        """For each common end the last with at most n tokens of either kind since."""
+        return (np.min([np.searchsorted(count, count + n, side="right") for count in counts], axis=0) - 1).tolist()
 
+    whole, half = reach(length), reach(length // 2)
     begin, scored = 0, 0
     while scored < len(common) - 1:
-        end = max(reach(begin, length), scored + 1)
+        end = max(whole[begin], scored + 1)
         yield TextWindow(data[common[begin] : common[end]].decode(), int(common[scored] - common[begin]))
         scored = end
-        while begin < scored and reach(begin, length // 2) < scored:
+        while begin < scored and half[begin] < scored:
             begin += 1
