@@ -26,11 +26,20 @@ FIELDS = (
 ).split()
 
 
-def measure(case: Case, *, device: str = "cpu", rounds: int = 7, providers: tuple[str, ...] | None = None) -> Iterator[dict]:
-    """One row (FIELDS) per provider of `case`, or per one of `providers` and eager; statuses ok, failed and skipped."""
+def measure(
+    case: Case,
+    *,
+    device: str = "cpu",
+    rounds: int = 7,
+    providers: tuple[str, ...] | None = None,
+    without: tuple[str, ...] = (),
+) -> Iterator[dict]:
+    """One row (FIELDS) per provider of `case`, or per one of `providers` and eager, except `without`; statuses ok, failed,
+    skipped."""
     peers, reasons = peers_of(case, device)
     case = replace(case, providers=with_backends(case.providers, device) | peers)
     wanted = {name for name in case.providers if providers is None or name.split("[")[0] in providers} | {"eager"}
+    wanted -= set(without)
     place = torch.device(device)
     inputs = case.make(place)
     torch._dynamo.reset()

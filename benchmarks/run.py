@@ -29,7 +29,7 @@ from benchmarks.tables import markdown, table  # noqa: E402
 LEVEL_HELP = {
     "tiny": "seconds",
     "quick": "a minute",
-    "scaling": "small shapes that differ in one size",
+    "scaling": "small shapes that differ in one size; torch.compile only if --providers names it",
     "full": "the default sizes and --scaling",
     "gpu": "sizes for a GPU",
 }
@@ -51,7 +51,8 @@ def rows_of(
     quick ones would time the launches. Raises ValueError for an op or level that is not there.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = rounds or (3 if level in ("tiny", "quick") else 9)
+    rounds = rounds or {"tiny": 3, "quick": 3, "scaling": 5}.get(level, 9)
+    without = ("compile",) if level == "scaling" and providers is None else ()  # compiling takes longer than all the rest
     if level == "quick" and device == "cuda":
         level = "default"
     turns = zip_longest(*(cases(op, level, dtypes) for op in ops))
@@ -61,7 +62,7 @@ def rows_of(
         if time.monotonic() - started > 60 * minutes:
             print(f"{minutes:g} minutes are over: {len(todo) - number} of {len(todo)} cases left out", file=sys.stderr)
             return
-        yield from measure(case, device=device, rounds=rounds, providers=providers)
+        yield from measure(case, device=device, rounds=rounds, providers=providers, without=without)
         if progress:
             progress("bench", number + 1, len(todo))
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; by default all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="by default both")
     parser.add_argument("--providers", help="names with commas between; eager always runs")
-    parser.add_argument("--rounds", type=int, help="timed rounds: 9, with --quick 3")
+    parser.add_argument("--rounds", type=int, help="timed rounds: 9, with --quick 3, with --scaling 5")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this many minutes")
     parser.add_argument("--json", action="store_true", help="one JSON row a line")
     parser.add_argument("--out", type=Path, help="also write the rows here, a .jsonl file")

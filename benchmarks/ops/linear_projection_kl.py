@@ -27,8 +27,8 @@ SHAPES = {
     "tiny": [{"T": 24, "D": 8, "V_s": 60, "V_t": 80, "K": 1, "k": 40, "single": single} for single in (0, 1)],
     "quick": [{"T": 256, "D": 256, "V_s": 4000, "V_t": 6000, "K": 4, "k": 1024, "single": single} for single in (0, 1)],
     "default": [{"T": 512, "D": 2048, "V_s": 32000, "V_t": 51200} | _REST | {"single": single} for single in (0, 1)],
-    "scaling": [{"T": t, "D": 512, "V_s": 16000, "V_t": 16000, "K": 4, "k": 2048} for t in (128, 256, 512)]
-    + [{"T": 256, "D": 512, "V_s": v, "V_t": v, "K": 4, "k": 2048} for v in (8000, 32000)],
+    "scaling": [{"T": t, "D": 256, "V_s": 8000, "V_t": 8000, "K": 4, "k": 1024} for t in (64, 128, 256, 512)]
+    + [{"T": 128, "D": 256, "V_s": v, "V_t": v, "K": 4, "k": 1024} for v in (4000, 16000, 32000)],
     "gpu": [{"T": t, "D": 4096, "V_s": 128256, "V_t": 151936} | _REST for t in (1024, 8192)],
 }
 
