@@ -23,8 +23,9 @@ demo: $(VENV)/.built
 demo-distill: $(VENV)/.built
 	@$(BIN)/chassis demo-distill $(ARGS)
 
+# A process a core, each with one thread and whole test files. ARGS="-n0 -x tests/test_cli.py" runs some here and now.
 test: $(VENV)/.built
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.built
 	@$(BIN)/python benchmarks/run.py $(if $(OP),--op $(OP:_=)) $(ARGS)
