@@ -173,12 +173,12 @@ def test_nothing_valid_gives_zero_kd_and_zero_gradient(tensors):
 def test_no_float32_copy_of_bfloat16_logits(options):
     """The step makes gradients for CE and KD (one for both with P-KL), their sum and some scratch; a copy is two more."""
     g = torch.Generator().manual_seed(0)
-    logits, teacher = (torch.randn(1, 192, 12000, generator=g).bfloat16() for _ in range(2))
+    logits, teacher = (torch.randn(1, 512, 12000, generator=g).bfloat16() for _ in range(2))
     config = XTokenConfig(12000, (TeacherConfig(12000, **options),), vocab_topk=2000)
-    ids = torch.randint(-1, 100, (1, 192), generator=g)
+    ids = torch.randint(-1, 100, (1, 512), generator=g)
     projection = SparseProjection(torch.randint(0, 12000, (12000, 2), generator=g), torch.ones(12000, 2), 12000)
     chunks = Chunks(ids, ids, torch.ones(1, 100, dtype=torch.bool))
-    rest = {"input_ids": torch.randint(0, 12000, (1, 192), generator=g), "token_mask": torch.ones(1, 192)}
+    rest = {"input_ids": torch.randint(0, 12000, (1, 512), generator=g), "token_mask": torch.ones(1, 512)}
     logits.requires_grad_()
     projection.columns, projection.exact_map()  # noqa: B018 - kept by the projection
 
