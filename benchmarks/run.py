@@ -68,7 +68,7 @@ def rows_of(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 if a provider failed its gate."""
+    """The command; 1 if a provider of ours failed its gate (a peer's failure is a row and a line)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; by default all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="by default both")
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
     if given.plot:
         _plot(rows, given.out or (given.rows or [None])[0] or Path(__file__).parent / "results" / "bench.jsonl")
-    return 1 if any(row["status"] == "failed" for row in rows) else 0
+    return 1 if any(row["status"] == "failed" and row["provider"].startswith("chassis") for row in rows) else 0
 
 
 def _measured(given: argparse.Namespace) -> Iterator[dict]:

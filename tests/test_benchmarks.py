@@ -77,6 +77,14 @@ def test_a_broken_provider_is_a_row_with_its_reason(broken):
     assert row["status"] == "failed" and row["reason"] and row["median_ms"] is None
 
 
+@pytest.mark.parametrize("provider, status", [("chassis_reused", 1), ("himalaya", 0)])
+def test_only_a_failure_of_ours_fails_the_command(tmp_path, provider, status):
+    case = replace(TINY[0], providers=TINY[0].providers | {provider: simple(lambda x, y: 1 / 0)})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, measure.measure(case, rounds=1, providers=(provider,)))))
+    assert run.main(["--rows", str(rows)]) == status
+
+
 def test_rows_hold_all_fields_and_survive_json(tmp_path, capsys):
     out = tmp_path / "new" / "rows.jsonl"
     arguments = ["--op", "delta_logits", "--tiny", "--rounds", "2", "--providers", "chassis,eager_in_place"]
