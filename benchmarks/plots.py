@@ -7,7 +7,7 @@ from pathlib import Path
 
 LABELS = {"N": "rows N", "T": "positions T", "V": "vocabulary V", "V_s": "student vocabulary V_s", "D": "width D"}
 FOLLOWS = {"D": "T", "V_s": "V_t"}  # sizes that move together where they are equal
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<>phd8"
 OURS, OTHERS = (
     ("tab:blue", "tab:cyan", "tab:purple", "tab:green"),
     ("tab:gray", "tab:orange", "tab:red", "tab:brown", "tab:olive"),
@@ -49,7 +49,10 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
         axes[0].plot(sizes, [row["median_ms"] for row in line], marker="o", color=colour, label=provider)
         axes[0].fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
         axes[1].plot(sizes, [max(row["peak_bytes"], 1 << 12) / 2**20 for row in line], marker="o", color=colour)
-    ticks = sorted({row["shape"][name] for row in best})
+    ticks = []
+    for size in sorted({row["shape"][name] for row in best}):
+        if not ticks or size > 1.2 * ticks[-1]:  # labels of sizes that are nearly equal would overlap
+            ticks.append(size)
     for axis, what in zip(axes, ("median ms, band p20 to p80", "peak MiB beyond the inputs"), strict=True):
         _proportional(axis, ticks)
         axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log")
@@ -101,7 +104,7 @@ def _ratios(rows: list[dict], path: Path) -> list[Path]:
     shapes = [f"{row['provider']}  {' '.join(f'{k}={v}' for k, v in row['shape'].items())} {row['dtype']}" for row in rows]
     axis.set_yticks(range(len(rows)), shapes[::-1], fontsize=7)
     axis.axvline(1, color="black", lw=0.8, ls=":")
-    axis.set(xlabel="times as fast as eager (line: p20 to p80 over the rounds)")
+    axis.set(xlabel="times as fast as eager (line: p20 to p80 over the rounds)", ylim=(-1, len(rows)))
     return _save(figure, rows[0]["op"], path)
 
 
@@ -117,7 +120,7 @@ def _roofline(rows: list[dict], path: Path) -> list[Path]:
             row["flops"] / row["median_ms"] / 1e6,
             MARKERS[ops.index(row["op"]) % len(MARKERS)],
             color="tab:blue" if ours else "grey",
-            label=f"{row['op']}, {row['provider']}",
+            label=row["op"] if ours else None,
         )
     rates = {row["ceiling"]: row["ceiling_rate"] for row in rows}
     for name, rate in rates.items():
@@ -132,8 +135,8 @@ def _roofline(rows: list[dict], path: Path) -> list[Path]:
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axis.legend(unique.values(), unique.keys(), fontsize=7)
-    return _save(figure, "dashed: measured matrix products; dotted: measured copy", path)
+    figure.legend(unique.values(), unique.keys(), loc="outside right upper", fontsize=7)
+    return _save(figure, "blue: ours, grey: eager; dashed: measured matrix products, dotted: measured copy", path)
 
 
 def _axes(number: int, height: float = 3.6):
