@@ -237,5 +237,3 @@ def test_last_positions_only(models):
     result = fit(base, expert, many, FitOptions(rank=4, window=48, positions="last", refine_steps=0))
     assert result.adapter.config.positions == "last"
     assert result.closed.statistics.n_rows == len(result.windows["fit"])
-
-

@@ -1,9 +1,9 @@
 """The whole distillation loss: KD from one or several teachers, whatever their tokenizers, plus next-token CE. Eager.
 
-    loss = |CE| / |KD| · KD + CE with dynamic scaling (the factor detached), else kl_loss_weight · KD + ce_loss_scale · CE
-    KD   = Σ_i w_i KD_i            sum: static weights, or softmax(alpha · scores) over the teachers
-         | KD of Σ w_i z_i / Σ w   averaged_logits: when every teacher shares tokenizer and shapes; else the static sum
-         | KD_i of the best i      select_teacher: lowest next-token CE on the teacher's own tokens
+loss = |CE| / |KD| · KD + CE with dynamic scaling (the factor detached), else kl_loss_weight · KD + ce_loss_scale · CE
+KD   = Σ_i w_i KD_i            sum: static weights, or softmax(alpha · scores) over the teachers
+     | KD of Σ w_i z_i / Σ w   averaged_logits: when every teacher shares tokenizer and shapes; else the static sum
+     | KD_i of the best i      select_teacher: lowest next-token CE on the teacher's own tokens
 """
 
 from __future__ import annotations
@@ -237,4 +237,3 @@ def _scores(step: Step, metric: str) -> Tensor:
 def _same_shapes(step: Step) -> bool:
     shapes = {t.logits.shape for t in step.teachers}
     return len(shapes) == 1 and all(t.same_tokenizer for t in step.config.teachers)
-
