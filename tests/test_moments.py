@@ -56,9 +56,7 @@ LAYOUTS = {
 }
 
 
-@needs_extension
-@given(
-    n=st.one_of(st.integers(0, 40), st.integers(380, 400), st.sampled_from([1000, 1153])),
+DRAWN = dict(
     d=st.integers(1, 70),
     t=st.integers(0, 70),
     dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 2),
@@ -67,12 +65,24 @@ LAYOUTS = {
     full_y=st.booleans(),
     seed=st.integers(0, 99),
 )
-@BUDGET
-def test_kernel_matches_float64(n, d, t, dtypes, layouts, weighted, full_y, seed):
+
+
+def drawn(n, d, t, dtypes, layouts, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     x = LAYOUTS[layouts[0]]((torch.randn(n, d, generator=generator) + 2).to(dtypes[0]))
     y = LAYOUTS[layouts[1]]((torch.randn(n, t, generator=generator) - 1).to(dtypes[1])) if t else None
     weight = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) > 0.3) if weighted else None
+    return x, y, weight
+
+
+@needs_extension
+@given(
+    n=st.one_of(st.integers(0, 40), st.integers(380, 400), st.sampled_from([1000, 1153])),
+    **DRAWN,
+)
+@BUDGET
+def test_kernel_matches_float64(n, d, t, dtypes, layouts, weighted, full_y, seed):
+    x, y, weight = drawn(n, d, t, dtypes, layouts, weighted, seed)
     moments = Moments(d, t, full_y=full_y)
     with backends.use_backend("cpu"):
         moments_update_(moments, x, y, weight=weight)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BUDGET, far_apart
-from test_moments import EPS, LAYOUTS, NAMES, errors, exact, outlier_rows
+from test_moments import DRAWN, EPS, NAMES, drawn, errors, exact, outlier_rows
 
 from chassis_kernels import Moments, backends, moments_update_
 
@@ -42,20 +42,11 @@ def many_splits(monkeypatch):
 
 @given(
     n=st.one_of(st.integers(0, 40), st.sampled_from([129, 300])),
-    d=st.integers(1, 70),
-    t=st.integers(0, 70),
-    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 2),
-    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
-    weighted=st.booleans(),
-    full_y=st.booleans(),
-    seed=st.integers(0, 99),
+    **DRAWN,
 )
 @settings(BUDGET, max_examples=8)
 def test_kernel_matches_float64(n, d, t, dtypes, layouts, weighted, full_y, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = LAYOUTS[layouts[0]]((torch.randn(n, d, generator=generator) + 2).to(dtypes[0]))
-    y = LAYOUTS[layouts[1]]((torch.randn(n, t, generator=generator) - 1).to(dtypes[1])) if t else None
-    weight = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) > 0.3) if weighted else None
+    x, y, weight = drawn(n, d, t, dtypes, layouts, weighted, seed)
     moments = Moments(d, t, full_y=full_y)
     half = n // 2
     for rows in (slice(0, half), slice(half, n)):
