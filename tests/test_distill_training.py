@@ -27,7 +27,8 @@ def test_losses_do_not_depend_on_the_micro_batch_or_who_makes_it(distilling, los
     cut = replace(distilling.training, micro_batch_size=1, workers=1)
     parts = distill(replace(distilling, out=str(tmp_path / "parts"), training=cut))
     for name in ("kl_loss", "ce_loss", "kl_loss_t0", "loss", "grad_norm", "kl_loss_scale"):
-        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4), name
+        assert logged(parts, name)[0] == pytest.approx(logged(whole, name)[0], rel=1e-5), name
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4), name  # the updates amplify rounding
     for name in ("eval_bits_per_byte", "eval_kl_loss_t0", "eval_kl_loss_t1", "eval_accuracy"):
         assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4), name
     assert len(logged(whole, "eval_bits_per_byte")) == 2  # the no-op and the end

@@ -133,6 +133,7 @@ def test_kd_does_not_depend_on_the_micro_batch_split(tensors):
     for name in ("p_kl", "gold", "same_vocab"):
         case = next(c for c in CASES if c["name"] == name and not c["config"]["dynamic_loss_scaling"])
         logits, teachers, config, rest = problem({**case, "config": {**case["config"], "vocab_topk": 8192}}, tensors)
+        logits = logits.clone().requires_grad_()
         whole, metrics = xtoken_loss(logits, teachers, config, **rest)
         n = metrics.get("num_valid_pairs_t0", metrics.get("num_valid_chunks_t0"))
         parts = []
@@ -141,6 +142,8 @@ def test_kd_does_not_depend_on_the_micro_batch_split(tensors):
             teacher = teacher._replace(global_valid_chunks=n)
             parts.append(xtoken_loss(mine, [teacher], config, **its_rest)[0])
         torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
+        grads = [torch.autograd.grad(loss, logits)[0] for loss in (sum(parts), whole)]
+        assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
 
 
 def test_wide_student_head_is_cut(tensors):
