@@ -7,6 +7,7 @@ import pytest
 import torch
 from bridge_problems import bpe, random_logits
 from chassis.bridge import Bridge, ExpertStates, lookahead, text_windows, tree_logits
+from chassis.bridge.lookahead import lookaheads
 from chassis.bridge.rules import METHODS
 from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
@@ -323,6 +324,27 @@ def test_lookahead_sums_to_one_and_lowers_uncertainty(tiny_lm, tiny_tokenizer, b
     one, more = bridge.apply(plan, logits), lookahead(bridge, plan, states, logits, 8)
     assert torch.allclose(more.log_q.exp().sum(1), torch.ones(len(plan)), atol=1e-6)
     assert more.uncertainty.mean() < one.uncertainty.mean()
+
+
+def test_smaller_lookaheads_are_read_off_one_growth(tiny_lm, tiny_tokenizer, base):
+    bridge = Bridge.build(TokenBytes.from_tokenizer(tiny_tokenizer), base, "counted", TEXTS * 10)
+    model, plan = tiny_lm("llama"), bridge.plan("the quick foxes jump")
+    budgets, sizes = [5, 0, 13, 1, 13], []
+
+    def grown(*budgets):
+        states = ExpertStates(model, 0)
+        logits = states.grow(plan.tree.tokens, plan.tree.parent)
+        found = lookaheads(bridge, plan, states, logits, budgets)
+        sizes.append(len(states))
+        return found
+
+    together = grown(*budgets)
+    for budget, one in zip(budgets, together, strict=True):
+        (alone,) = grown(budget)
+        assert torch.allclose(one.log_q.exp(), alone.log_q.exp(), atol=1e-6)
+        assert torch.allclose(one.uncertainty, alone.uncertainty, atol=1e-6)
+    assert sizes[0] == max(sizes) and torch.equal(together[2].log_q, together[4].log_q)
+    assert not torch.allclose(together[0].log_q.exp(), together[2].log_q.exp(), atol=1e-3)
 
 
 def test_windows_cover_the_text_once(counted):

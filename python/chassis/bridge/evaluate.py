@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chassis.bridge.bridge import FLOOR, Bridge
-from chassis.bridge.lookahead import lookahead
+from chassis.bridge.lookahead import lookaheads
 from chassis.bridge.plan import Plan
 from chassis.bridge.reading import Models, Reading, read
 from chassis.bridge.semantic import OnOpenMass, SemanticHead
@@ -87,6 +87,7 @@ def evaluate(
     weight = WEIGHTS[int(mixing.argmin())]
     names = [*bridges, *heads, *(f"lookahead {m}" for m in looks), MIXTURE, "base alone"]
     tallies = {name: Tally() for name in names}
+    budgets = sorted({*looks, *([reference] if reference else [])})
     own, n_bytes, passage = 0.0, 0, None
     for done, part in enumerate(parts["test"], 1):
         reading = read(models, bridge, part)
@@ -96,8 +97,9 @@ def evaluate(
         own += float(own_nats[torch.from_numpy(_begins(bridge, plan) >= part.seen)].sum())
         results = {name: _apply(one, reading, blocking) for name, (one, blocking) in bridges.items()}
         results |= {name: head.apply(bridge, reading, masked=masked) for name, head in heads.items()}
-        results |= {f"lookahead {m}": _look(bridge, plan, models, m, masked) for m in looks}
-        truth = _look(bridge, plan, models, reference, True).log_q if reference else None
+        looked = dict(zip(budgets, _look(bridge, plan, models, budgets, masked), strict=True))
+        results |= {f"lookahead {m}": looked[m] for m in looks}
+        truth = looked[reference].log_q if reference else None
         aligned = scored & torch.tensor([bool(c) for c in plan.complete])
         for name, result in results.items():
             used = bridges[name][0] if name in bridges else bridge
@@ -136,10 +138,12 @@ def _apply(bridge: Bridge, reading: Reading, masked: bool) -> Bridged:
     return bridge.apply(reading.plan, reading.logits, base_log_probs=log_p, masked=masked)
 
 
-def _look(bridge: Bridge, plan: Plan, models: Models, evaluations: int, masked: bool):
+def _look(bridge: Bridge, plan: Plan, models: Models, budgets: Sequence[int], masked: bool) -> list[Bridged]:
+    if not budgets:
+        return []
     states = ExpertStates(models.expert_model, models.start_id)
     logits = states.grow(plan.tree.tokens, plan.tree.parent)
-    return lookahead(bridge, plan, states, logits, evaluations, masked=masked)
+    return lookaheads(bridge, plan, states, logits, budgets, masked=masked)
 
 
 def _floored(bridge: Bridge, log_q: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ which fixes the base token better,
 
 L of a string is its row in the table where it has one, else the first token of the base's encoding. Pairs (t, t') that
 cannot stand side by side are left out. `evaluations` are spent on each position, in rounds, the largest w · spread first.
+What is chosen in a round does not depend on how many are left, so that one growth holds every smaller one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,7 +29,6 @@ from chassis.bridge.states import ExpertStates
 from chassis_kernels.bridge_project import Bridged
 
 CHILDREN = 256  # next tokens followed apart; the rest stays with the row of its beginning
-ROUNDS = 4
 FIRST = 64  # hypotheses of one state that are kept to be followed
 OPEN = 1e-5  # mass times spread below which a hypothesis is not followed
 KEPT = 1_000_000  # strings whose endings are kept
@@ -113,25 +114,35 @@ def lookahead(
 
     `states` has been grown over plan.tree, with `logits` [n_nodes, V_E] as the result; it is grown on.
     """
+    return lookaheads(bridge, plan, states, logits, [evaluations], masked=masked)[0]
+
+
+def lookaheads(
+    bridge: Bridge, plan: Plan, states: ExpertStates, logits: Tensor, budgets: Sequence[int], *, masked: bool = True
+) -> list[Bridged]:
+    """`lookahead` for each of `budgets` evaluations, all read off the growth of the largest."""
     result = bridge.apply(plan, logits, masked=False)
-    if bridge.identical or evaluations < 1 or not len(plan):
-        return bridge.apply(plan, logits, masked=masked)
+    budgets, numbers = np.unique(np.maximum(budgets, 0), return_inverse=True)
+    if bridge.identical or not budgets.any() or not len(plan):
+        return [bridge.apply(plan, logits, masked=masked)] * len(numbers)
     if bridge not in _finishers:
         _finishers[bridge] = Finisher(bridge)
-    finisher = _finishers[bridge]
-    q = result.log_q.double().exp().cpu().numpy()
-    open_mass = result.uncertainty.double().cpu().numpy().copy()
+    finisher, n = _finishers[bridge], len(plan)
+    # Row i * n + position: what is added by the evaluations that budget i has and budget i - 1 has not.
+    q = np.zeros((len(budgets) * n, bridge.base.width))
+    q[:n] = result.log_q.double().exp().cpu().numpy()
+    open_mass = np.zeros(len(q))
+    open_mass[:n] = result.uncertainty.double().cpu().numpy()
     frontier = _first_leaves(States(plan, logits, bridge.under_way, bridge.padding), finisher)
-    done, rounds = 0, min(ROUNDS, evaluations)
-    for turn in range(rounds):
-        share = evaluations * (turn + 1) // rounds - done
-        done += share
+    for done, end in _rounds(int(budgets[-1])):
         order, rank = _by_weight(frontier, finisher)
-        chosen = frontier.take(order[rank < share])
+        now = rank < end - done
+        chosen, nth = frontier.take(order[now]), done + rank[now]
         if not len(chosen):
             break
         # No more than what is left to spend will be chosen of the rest.
-        frontier = frontier.take(order[(rank >= share) & (rank < share + evaluations - done)])
+        frontier = frontier.take(order[~now & (rank < budgets[-1] - done)])
+        chosen = replace(chosen, position=chosen.position + n * np.searchsorted(budgets, nth, side="right"))
         keys = dict.fromkeys(zip(chosen.node.tolist(), chosen.token.tolist(), strict=True))
         number = {key: i for i, key in enumerate(keys)}
         which = np.array([number[key] for key in zip(chosen.node.tolist(), chosen.token.tolist(), strict=True)])
@@ -147,8 +158,20 @@ def lookahead(
             grown = _grow_leaves(bridge, finisher, chosen.take(mine), which[mine] - begin, first + begin, tokens, p, q)
             opens = grown.mass * finisher.spread[grown.ending]
             np.add.at(open_mass, grown.position, opens)
+            grown.position %= n
             frontier = Leaves.join([frontier, grown.take(opens > OPEN)])
-    return _finish(bridge, plan, torch.from_numpy(q), result, torch.from_numpy(open_mass), masked)
+    q, open_mass = q.reshape(len(budgets), n, -1).cumsum(0), open_mass.reshape(len(budgets), n).cumsum(0)
+    found = [_finish(bridge, plan, *map(torch.from_numpy, pair), result, masked) for pair in zip(q, open_mass, strict=True)]
+    return [found[i] for i in numbers]
+
+
+def _rounds(evaluations: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each round: as many evaluations as there were before it, cut where `evaluations` are spent."""
+    done = 0
+    while done < evaluations:
+        end = min(max(1, 2 * done), evaluations)
+        yield done, end
+        done = end
 
 
 def _first_leaves(known: States, finisher: Finisher) -> Leaves:
@@ -222,7 +245,7 @@ def _grow_leaves(
     return grown
 
 
-def _finish(bridge: Bridge, plan: Plan, q: Tensor, result: Bridged, uncertainty: Tensor, masked: bool) -> Bridged:
+def _finish(bridge: Bridge, plan: Plan, q: Tensor, uncertainty: Tensor, result: Bridged, masked: bool) -> Bridged:
     q = q.clamp_min(0)
     if masked:
         for position, previous in enumerate([-1, *plan.base_ids[:-1].tolist()]):
