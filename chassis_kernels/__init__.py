@@ -11,7 +11,7 @@ from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.linear_cka import StreamingCKA, linear_cka
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
 from chassis_kernels.linear_projection_kl import LinearProjectionKLStats, linear_projection_kl
-from chassis_kernels.moments import Moments, moments_update_
+from chassis_kernels.moments import Moments, moments_update_, update_layers
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.projection_kl import ProjectionKLStats, projection_kl
 from chassis_kernels.reduced_rank import ReducedRankRegression
@@ -71,6 +71,7 @@ __all__ = [
     "stack_adapters",
     "stitch",
     "token_kl",
+    "update_layers",
     "use_backend",
     "xtoken_loss",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import rows, state_file
-from chassis_kernels.moments import Moments
+from chassis_kernels.moments import Moments, add
 
 FORMAT = {"format": "chassis.cka", "version": "1"}
 Layers = Tensor | Sequence[Tensor]  # [N, D], or one such tensor per layer
@@ -54,11 +54,11 @@ class StreamingCKA:
         batch, kept = rows.checked(
             joint_x, joint_y, weight, mask, widths=(sum(self.widths_x), sum(self.widths_y)), device=self._moments[0].device
         )
-        kept, dropped = rows.screened(batch, kept, nan)
+        [(kept, dropped)] = rows.screened([batch], kept, nan)
+        joint_x, joint_y, weight = batch
         pairs = [(layer, joint_y) for layer in x] + [(layer, None) for layer in y] if y else [(joint_x, None)]
-        for moments, (layer, other) in zip(self._moments, pairs, strict=True):
-            moments.update(layer, other, weight=weight, mask=kept)
-            moments.dropped += dropped
+        batches = [(layer.detach(), other, weight) for layer, other in pairs]
+        add(self._moments, batches, [(kept, dropped)] * len(batches))
         return self
 
     @property

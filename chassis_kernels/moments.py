@@ -9,6 +9,8 @@ some of them are worth a merge (`rows.PENDING_ROWS` rows or `rows.PENDING_BYTES`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -96,22 +98,13 @@ class Moments:
         Rows with a NaN or an infinity raise ValueError, or are left out and counted in `dropped` with `nan="drop"`. After
         any error the moments are what they were. Raises ValueError for shapes, dtypes, devices or weights that do not fit.
         """
-        batch, kept = self._checked(x, y, weight, mask)
-        kept, n_bad = rows.screened(batch, kept, nan)
-        n_rows = len(x) if kept is None else int(kept.sum())
-        if n_rows >= rows.capacity(batch):
-            self.flush()._run(rows.zero_weighted(batch, kept))
-        elif n_rows:
-            self._wait(rows.selected(batch, kept))
-        self.rows += n_rows
-        self.dropped += n_bad
+        update_layers([self], [x], y, weight=weight, mask=mask, nan=nan)
         return self
 
     def flush(self) -> Moments:
         """Merge the rows that wait. Reading a moment does it; it may move the last digits of what follows."""
-        if self._waiting.n:
-            self._run(self._waiting.batch())
-            self._waiting.n = 0
+        for batch in self._waiting.taken():
+            _merge([(self, batch)])
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -181,7 +174,8 @@ class Moments:
         waiting = rows.Waiting()
         if "pending_x" in state:
             x, y, weight = (state[name].to(self.device) if name in state else None for name in _PENDING)
-            waiting.add(self._checked(x, y, weight, None)[0])
+            widths = self.dim_x, self.dim_y
+            waiting.add(rows.checked(x, y, weight, None, widths=widths, device=self.device)[0])
         self._waiting = waiting
         for name, mine in self._state.items():
             mine.copy_(state[name])
@@ -202,19 +196,20 @@ class Moments:
         moments.load_state_dict(state)
         return moments
 
-    def _checked(self, x, y, weight, mask) -> tuple[rows.Batch, Tensor | None]:
-        return rows.checked(x, y, weight, mask, widths=(self.dim_x, self.dim_y), device=self.device)
-
-    def _wait(self, batch: rows.Batch) -> None:
-        if not self._waiting.fits(batch):
-            self.flush()
-        self._waiting.add(batch)
-        if self._waiting.full:
-            self.flush()
-
-    def _run(self, batch: rows.Batch) -> None:
-        state = [self._state[name] if self.dim_y or name in _STATE[:3] else None for name in _STATE]
-        torch.ops.chassis.moments_update_(*state, *batch)
+    def _due(self, batch: rows.Batch, kept: Tensor | None, zeroed: rows.Batch) -> Iterator[rows.Batch]:
+        """Take a batch in; yields what is then to be merged, each before the next is asked for."""
+        n_rows = len(batch[0]) if kept is None else int(kept.sum())
+        self.rows += n_rows
+        if n_rows >= rows.capacity(batch):
+            yield from self._waiting.taken()
+            yield zeroed
+        elif n_rows:
+            batch = rows.selected(batch, kept)
+            if not self._waiting.fits(batch):
+                yield from self._waiting.taken()
+            self._waiting.add(batch)
+            if self._waiting.full:
+                yield from self._waiting.taken()
 
     def _combine(self, other: Moments, sign: int) -> Moments:
         shapes = [(m.dim_x, m.dim_y, m.full_y) for m in (self, other)]
@@ -250,36 +245,98 @@ class Moments:
             self._state["yy"].addcmul_(dy, dy, value=factor)
 
 
+def update_layers(
+    layers: Sequence[Moments],
+    x: Sequence[Tensor],  # of each layer [N, D], floats
+    y: Tensor | Sequence[Tensor] | None = None,  # [N, T], of all layers or of each
+    *,
+    weight: Tensor | None = None,  # [N] >= 0
+    mask: Tensor | None = None,  # [N] bool
+    nan: str = "raise",
+) -> None:
+    """`Moments.update` of several moments with the same N rows, the layers of a model say: the same bits, sooner.
+
+    The layers' tiles share the threads, and y, weight and mask are read once for all. With nan="drop" a row is left out
+    where its x or y is bad. After any error all the moments are what they were. Raises ValueError as `Moments.update` does.
+    """
+    batches, kept = _checked(layers, x, y, weight, mask)
+    add(layers, batches, rows.screened(batches, kept, nan))
+
+
+def add(layers: Sequence[Moments], batches: Sequence[rows.Batch], screened: Sequence[tuple[Tensor | None, int]]) -> None:
+    """Take in batches that are checked: `screened` says which rows count and how many were dropped."""
+    kept = [own for own, _ in screened]
+    zeroed = rows.zero_weighted(batches, kept)
+    for step in zip_longest(*(m._due(*given) for m, *given in zip(layers, batches, kept, zeroed, strict=True))):
+        _merge([(m, batch) for m, batch in zip(layers, step, strict=True) if batch is not None])
+    for moments, (_, dropped) in zip(layers, screened, strict=True):
+        moments.dropped += dropped
+
+
 def moments_update_(
-    moments: Moments, x: Tensor, y: Tensor | None = None, *, weight: Tensor | None = None, mask: Tensor | None = None
-) -> Moments:
-    """One call of the op chassis::moments_update_: merge the batch now, without looking for NaN (see `Moments.update`)."""
-    batch, kept = moments._checked(x, y, weight, mask)
-    moments.flush()._run(rows.zero_weighted(batch, kept))
-    moments.rows += len(x) if kept is None else int(kept.sum())
+    moments: Moments | Sequence[Moments],
+    x: Tensor | Sequence[Tensor],
+    y: Tensor | Sequence[Tensor] | None = None,
+    *,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Moments | Sequence[Moments]:
+    """One call of the op chassis::moments_update_: merge the batch now, without looking for NaN (see `Moments.update`).
+
+    Lists of moments and of x are one call for several layers, as in `update_layers`.
+    """
+    layers, x = ([moments], [x]) if isinstance(moments, Moments) else (moments, x)
+    batches, kept = _checked(layers, x, y, weight, mask)
+    for layer in layers:
+        layer.flush()
+        layer.rows += len(x[0]) if kept is None else int(kept.sum())
+    _merge(list(zip(layers, rows.zero_weighted(batches, [kept] * len(layers)), strict=True)))
     return moments
+
+
+def _checked(layers, x, y, weight, mask) -> tuple[list[rows.Batch], Tensor | None]:
+    y = [y] * len(layers) if y is None or isinstance(y, Tensor) else y
+    if not 0 < len(layers) == len(x) == len(y) or len({id(moments) for moments in layers}) < len(layers):
+        raise ValueError(f"{len(layers)} moments, {len(x)} x, {len(y)} y: expected distinct moments, an x and a y for each")
+    widths = [(moments.dim_x, moments.dim_y) for moments in layers]
+    return rows.checked_layers(x, y, weight, mask, widths=widths, device=layers[0].device)
+
+
+def _merge(pairs: Sequence[tuple[Moments, rows.Batch]]) -> None:
+    """Merge a batch into each of some moments: one call for those with the same dtypes and weights or none."""
+    calls: dict[tuple, list[tuple]] = {}
+    for moments, (x, y, weight) in pairs:
+        kind = x.dtype, None if y is None else y.dtype, weight is None
+        calls.setdefault(kind, []).append((*moments._state.values(), x, y, weight))
+    for (_, y, unweighted), sets in calls.items():
+        absent = (*_STATE[3:], "y") * (y is None) + ("weight",) * unweighted
+        columns = zip((*_STATE, "x", "y", "weight"), zip(*sets, strict=True), strict=True)
+        torch.ops.chassis.moments_update_(*([] if name in absent else list(column) for name, column in columns))
 
 
 def _mirrored(upper: Tensor) -> Tensor:
     return upper + upper.triu(1).T
 
 
-def _cpu(count: Tensor, *args: Tensor | None) -> None:
-    *state, x, y, weight = args
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    batch = (backends.rows_contiguous(x), backends.rows_contiguous(y), weight)
-    backends._C.moments_update(*(backends.matrix_args(tensor) for tensor in (count.view(1), *state, *batch)))
+def _cpu(*columns: list[Tensor]) -> None:
+    count, *state, x, y, weight = (column or [None] * len(columns[0]) for column in columns)
+    weight = rows.once_each(lambda w: w.to(torch.float32).contiguous(), weight)
+    x, y = (rows.once_each(backends.rows_contiguous, batch) for batch in (x, y))
+    layers = zip([n.view(1) for n in count], *state, x, y, weight, strict=True)
+    backends._C.moments_update([tuple(backends.matrix_args(tensor) for tensor in layer) for layer in layers])
 
 
 def _example(device: str) -> tuple:
+    """Two layers with the same y."""
     generator = torch.Generator().manual_seed(0)
-    x, y, weight = (torch.rand(shape, generator=generator).to(device) for shape in ((5, 3), (5, 2), (5,)))
-    return *Moments(3, 2, device=device)._state.values(), x, y, weight
+    x, other, y, weight = (torch.rand(shape, generator=generator).to(device) for shape in ((5, 3), (5, 3), (5, 2), (5,)))
+    sets = ((*Moments(3, 2, device=device)._state.values(), own, y, weight) for own in (x, other))
+    return tuple(map(list, zip(*sets, strict=True)))
 
 
 backends.register(
-    "moments_update_(Tensor(a!) count, Tensor(b!) mean_x, Tensor(c!) xx, Tensor(d!)? mean_y, Tensor(e!)? xy, "
-    "Tensor(f!)? yy, Tensor x, Tensor? y, Tensor? weight) -> ()",
+    "moments_update_(Tensor(a!)[] count, Tensor(b!)[] mean_x, Tensor(c!)[] xx, Tensor(d!)[] mean_y, Tensor(e!)[] xy, "
+    "Tensor(f!)[] yy, Tensor[] x, Tensor[] y, Tensor[] weight) -> ()",
     reference=reference.moments_update_,
     fake=lambda *arguments: None,
     example=_example,

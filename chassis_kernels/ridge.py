@@ -150,7 +150,7 @@ def fit_ridge(
         solution = solve(moments, lam, alpha_scale=alpha_scale)
     else:
         batch, kept = rows.checked(X, Y, weight, None, widths=(X.shape[1], Y.shape[1]), device=X.device)
-        kept, _ = rows.screened(batch, kept, nan)
+        [(kept, _)] = rows.screened([batch], kept, nan)
         solution = solve_rows(Rows(*rows.selected(batch, kept)), lam, alpha_scale=alpha_scale)
     W, b = solution.W.to(dtype), solution.b.to(dtype).unsqueeze(0)
     return (W, b) if head is None else (HeadMap(W, head), b @ head.T.to(dtype))

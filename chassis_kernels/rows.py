@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,40 +17,57 @@ PENDING_BYTES = 32 << 20
 Batch = tuple[Tensor, Tensor | None, Tensor | None]  # x [N, D], y [N, T], weight [N]
 
 
-def checked(
-    x: Tensor,
-    y: Tensor | None,
+def checked_layers(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor | None],
     weight: Tensor | None,
     mask: Tensor | None,
     *,
-    widths: tuple[int, int],
+    widths: Sequence[tuple[int, int]],
     device: torch.device,
-) -> tuple[Batch, Tensor | None]:
-    """The batch without gradients, and which of its rows count (None: all); ValueError for what does not fit."""
-    if (y is None) != (widths[1] == 0):
-        raise ValueError(f"these moments have dim_y={widths[1]}, but y is {'missing' if y is None else 'given'}")
-    n = len(x) if x.dim() else 0
-    for name, rows, width in (("x", x, widths[0]), ("y", y, widths[1])):
-        if rows is not None and (rows.shape != (n, width) or rows.dtype not in DTYPE_CODES):
-            raise ValueError(
-                f"{name} is {rows.dtype} {tuple(rows.shape)}, expected floats of shape ({n}, {width}); "
-                "flatten leading dimensions with .flatten(0, -2)"
-            )
+) -> tuple[list[Batch], Tensor | None]:
+    """A batch for each layer, without gradients, and which rows count (None: all); ValueError for what does not fit."""
+    n = len(x[0]) if x[0].dim() else 0
+    for of_x, of_y, width in zip(x, y, widths, strict=True):
+        if (of_y is None) != (width[1] == 0):
+            raise ValueError(f"these moments have dim_y={width[1]}, but y is {'missing' if of_y is None else 'given'}")
+        for name, rows, columns in (("x", of_x, width[0]), ("y", of_y, width[1])):
+            if rows is not None and (rows.shape != (n, columns) or rows.dtype not in DTYPE_CODES):
+                raise ValueError(
+                    f"{name} is {rows.dtype} {tuple(rows.shape)}, expected floats of shape ({n}, {columns}); "
+                    "flatten leading dimensions with .flatten(0, -2)"
+                )
     for name, values in (("weight", weight), ("mask", mask)):
         if values is not None and values.shape != (n,):
             raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({n},), one value per row")
-    devices = {t.device for t in (x, y, weight, mask) if t is not None}
-    if len(devices) > 1 or x.device.type != device.type:
+    devices = {t.device for t in (*x, *y, weight, mask) if t is not None}
+    if len(devices) > 1 or x[0].device.type != device.type:
         raise ValueError(f"inputs are on {', '.join(sorted(map(str, devices)))}, these moments on {device}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, expected torch.bool; numbers go into weight")
     kept = mask
     if weight is not None:
-        weight = weight.detach().to(compute_dtype(x, y))
+        weight = weight.detach().to(compute_dtype(*x, *y))
         if not ((weight >= 0) & weight.isfinite()).all():
             raise ValueError("weights must be finite and not negative")
         kept = weight != 0 if mask is None else mask & (weight != 0)
-    return (x.detach(), None if y is None else y.detach(), weight), kept
+    pairs = zip(once_each(Tensor.detach, x), once_each(Tensor.detach, y), strict=True)
+    return [(of_x, of_y, weight) for of_x, of_y in pairs], kept
+
+
+def checked(x, y, weight, mask, *, widths: tuple[int, int], device: torch.device) -> tuple[Batch, Tensor | None]:
+    """`checked_layers` for one."""
+    [batch], kept = checked_layers([x], [y], weight, mask, widths=[widths], device=device)
+    return batch, kept
+
+
+def once_each(function: Callable, tensors: Sequence[Tensor | None]) -> list:
+    """function(t) for each of the tensors, called once for one that comes several times; None stays None."""
+    found: dict[int, Any] = {}
+    for t in tensors:
+        if t is not None and id(t) not in found:
+            found[id(t)] = function(t)
+    return [None if t is None else found[id(t)] for t in tensors]
 
 
 def not_finite(rows: Tensor) -> Tensor:
@@ -58,23 +78,26 @@ def not_finite(rows: Tensor) -> Tensor:
     return bad
 
 
-def screened(batch: Batch, kept: Tensor | None, nan: str) -> tuple[Tensor | None, int]:
-    """Which rows count without those that are not finite, and how many those are; with nan="raise" they are a ValueError."""
+def screened(batches: Sequence[Batch], kept: Tensor | None, nan: str) -> list[tuple[Tensor | None, int]]:
+    """For each batch which rows count without those that are not finite, and how many those are; with nan="raise" they are a
+    ValueError."""
     if nan not in ("raise", "drop"):
         raise ValueError(f'nan={nan!r}: expected "raise" or "drop"')
-    x, y, _ = batch
-    bad = not_finite(x) if y is None else not_finite(x) | not_finite(y)
-    if kept is not None:
-        bad &= kept
-    n_bad = int(bad.sum())
-    if n_bad and nan == "raise":
-        raise ValueError(
-            f"{n_bad} of {len(x)} rows hold NaN or infinity, the first is row {int(bad.nonzero()[0])}: repair them, "
-            'mask them out, or pass nan="drop" to leave them out and count them'
-        )
-    if n_bad:
-        kept = ~bad if kept is None else kept & ~bad
-    return kept, n_bad
+    x, y, _ = zip(*batches, strict=True)
+    found = []
+    for bad, bad_y in zip(once_each(not_finite, x), once_each(not_finite, y), strict=True):
+        if bad_y is not None:
+            bad = bad | bad_y
+        if kept is not None:
+            bad = bad & kept
+        n_bad = int(bad.sum())
+        if n_bad and nan == "raise":
+            raise ValueError(
+                f"{n_bad} of {len(bad)} rows hold NaN or infinity, the first is row {int(bad.nonzero()[0])}: repair them, "
+                'mask them out, or pass nan="drop" to leave them out and count them'
+            )
+        found.append((kept if n_bad == 0 else ~bad if kept is None else kept & ~bad, n_bad))
+    return found
 
 
 def selected(batch: Batch, kept: Tensor | None) -> Batch:
@@ -83,12 +106,11 @@ def selected(batch: Batch, kept: Tensor | None) -> Batch:
     return x, y, weight
 
 
-def zero_weighted(batch: Batch, kept: Tensor | None) -> Batch:
-    """The batch itself, with weight 0 for the rows that do not count."""
-    x, y, weight = batch
-    if kept is None:
-        return batch
-    return x, y, kept.float() if weight is None else torch.where(kept, weight, 0.0)
+def zero_weighted(batches: Sequence[Batch], kept: Sequence[Tensor | None]) -> list[Batch]:
+    """The batches themselves, with weight 0 for the rows that do not count."""
+    weight = batches[0][2]
+    weights = once_each(lambda k: k.float() if weight is None else torch.where(k, weight, 0.0), kept)
+    return [(x, y, weight if own is None else own) for (x, y, _), own in zip(batches, weights, strict=True)]
 
 
 def capacity(batch: Batch) -> int:
@@ -109,6 +131,12 @@ class Waiting:
     @property
     def full(self) -> bool:
         return self.n > 0 and self.n == self._kind[0]
+
+    def taken(self) -> Iterator[Batch]:
+        """What waits, if anything does; nothing waits when the next is asked for."""
+        if self.n:
+            yield self.batch()
+            self.n = 0
 
     def batch(self) -> Batch:
         """What waits (views)."""

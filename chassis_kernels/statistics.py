@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels import rows
-from chassis_kernels.moments import Moments
+from chassis_kernels.moments import Moments, add
 
 
 class Rows(NamedTuple):
@@ -79,7 +79,7 @@ class Statistics:
     ) -> None:
         """Add a batch; `fold` [N] int64 says where each row goes. Errors as for `Moments.update`, changing nothing."""
         batch, kept = rows.checked(x, y, weight, None, widths=(self.dim_x, self.dim_y), device=torch.device(self.device))
-        kept, n_bad = rows.screened(batch, kept, nan)
+        [(kept, n_bad)] = rows.screened([batch], kept, nan)
         batch = rows.selected(batch, kept)
         if fold is not None and kept is not None:
             fold = fold[kept.to(fold.device)]
@@ -193,10 +193,9 @@ class Statistics:
     def _split(self, batch: rows.Batch, fold: Tensor | None) -> None:
         for k, moments in enumerate(self.folds):
             if self.n_folds == 1:
-                moments.update(batch[0], batch[1], weight=batch[2])
+                add([moments], [batch], [(None, 0)])
             elif (mine := (fold == k).to(batch[0].device)).any():
-                x, y, weight = rows.selected(tuple(batch), mine)
-                moments.update(x, y, weight=weight)
+                add([moments], [batch], [(mine, 0)])
 
 
 def _kind(batch: Sequence[Tensor | None]) -> tuple:

@@ -114,12 +114,14 @@ PYBIND11_MODULE(_C, m) {
     Matrix from = matrix(x), to = matrix(out);
     DISPATCH(convert(from, to));
   });
-  m.def("moments_update", [](const py::object& count, const py::object& mean_x, const py::object& xx, const py::object& mean_y,
-                             const py::object& xy, const py::object& yy, const py::object& x, const py::object& y,
-                             const py::object& weight) {
-    Matrix a[] = {matrix(count), matrix(mean_x), matrix(xx), matrix(mean_y), matrix(xy),
-                  matrix(yy),    matrix(x),      matrix(y),  matrix(weight)};
-    DISPATCH(moments_update(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]));
+  m.def("moments_update", [](const py::list& layers) {
+    std::vector<chassis::MomentsUpdate> sets;
+    for (const auto& layer : layers) {
+      auto t = layer.cast<py::tuple>();
+      sets.push_back({matrix(t[0]), matrix(t[1]), matrix(t[2]), matrix(t[3]), matrix(t[4]), matrix(t[5]), matrix(t[6]),
+                      matrix(t[7]), matrix(t[8])});
+    }
+    DISPATCH(moments_update(sets));
   });
   m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
                             const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,

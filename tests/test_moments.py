@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import rerun_on
 
-from chassis_kernels import Moments, backends, moments_update_
+from chassis_kernels import Moments, backends, moments_update_, update_layers
 
 needs_extension = pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
 NAMES = ("count", "mean_x", "xx", "mean_y", "xy", "yy")
@@ -225,22 +225,82 @@ def test_offsets_beyond_two_to_the_31_elements(tmp_path):
     assert max(errors(moments_update_(Moments(40), x), exact(x.clone()))) < 4 * EPS
 
 
+@needs_extension
+@given(
+    widths=st.lists(st.integers(1, 50), min_size=1, max_size=7),
+    sizes=st.lists(st.sampled_from([0, 3, 40, 700, 1300]), min_size=1, max_size=3),
+    t=st.integers(0, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    shared=st.booleans(),
+    chosen=st.sampled_from(["all", "mask", "weight", "drop"]),
+    full_y=st.booleans(),
+)
+@BUDGET
+def test_layers_together_get_the_bits_of_each_alone(widths, sizes, t, dtype, shared, chosen, full_y):
+    together, alone = ([Moments(d, t, full_y=full_y) for d in widths] for _ in range(2))
+    for n in sizes:
+        xs = [torch.randn(n, d).to(dtype) + 2 for d in widths]
+        ys = [torch.randn(n, t).to(dtype) for _ in widths] if t else [None] * len(widths)
+        ys = ys[:1] * len(widths) if shared else ys
+        options = {}
+        if chosen == "mask":
+            options["mask"] = torch.rand(n) > 0.3
+        elif chosen == "weight":
+            options["weight"] = torch.randint(0, 3, (n,))
+        elif chosen == "drop" and n:
+            options["nan"] = "drop"
+            xs[-1][n // 2] = torch.nan
+        for one, x, y in zip(alone, xs, ys, strict=True):
+            one.update(x, y, **options)
+        update_layers(together, xs, ys[0] if shared else ys, **options)
+    for a, b in zip(together, alone, strict=True):
+        assert (a.rows, a.dropped) == (b.rows, b.dropped)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_the_op_takes_layers(backend):
+    x, y, mask = [torch.randn(30, d) for d in (70, 9, 300)], torch.randn(30, 4), torch.rand(30) > 0.3
+    with backends.use_backend(backend):
+        together = moments_update_([Moments(each.shape[1], 4) for each in x], x, y, mask=mask)
+        alone = [moments_update_(Moments(each.shape[1], 4), each, y, mask=mask) for each in x]
+    for a, b in zip(together, alone, strict=True):
+        assert a.rows == b.rows and all(torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES)
+
+
+def test_an_error_in_one_layer_changes_none():
+    layers = [Moments(3, 2).update(torch.ones(4, 3), torch.ones(4, 2)) for _ in range(2)]
+    good, bad, y = torch.ones(5, 3), torch.full((5, 3), torch.nan), torch.ones(5, 2)
+    for x, targets, match in (
+        ([good, bad], y, "5 of 5 rows"), ([good, good[:, :2]], y, "expected floats of shape"), ([good], y, "2 moments, 1 x"),
+        ([good, good], [y], "1 y"), ([good, good[:4]], y, "expected floats of shape"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            update_layers(layers, x, targets)
+    with pytest.raises(ValueError, match="distinct moments"):
+        update_layers([layers[0]] * 2, [good, good], y)
+    assert all(moments.rows == 4 and float(moments.count) == 4 for moments in layers)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
 @pytest.mark.parametrize("full_y", [False, True])
 def test_opcheck(backend, full_y):
-    state = Moments(6, 4, full_y=full_y)._state.values()
     with backends.use_backend(backend):
         for y, weight in ((torch.randn(9, 4), torch.rand(9)), (torch.randn(9, 4).bfloat16(), None)):
-            torch.library.opcheck(torch.ops.chassis.moments_update_.default, (*state, torch.randn(9, 6), y, weight))
+            sets = [Moments(6, 4, full_y=full_y)._state.values() for _ in range(2)]
+            state = [list(column) for column in zip(*sets, strict=True)]
+            weights = [] if weight is None else [weight] * 2
+            arguments = (*state, [torch.randn(9, 6) for _ in range(2)], [y, y], weights)
+            torch.library.opcheck(torch.ops.chassis.moments_update_.default, arguments)
         some = Moments(6)._state
-        arguments = (some["count"], some["mean_x"], some["xx"], None, None, None, torch.randn(9, 6), None, None)
+        arguments = ([some["count"]], [some["mean_x"]], [some["xx"]], [], [], [], [torch.randn(9, 6)], [], [])
         torch.library.opcheck(torch.ops.chassis.moments_update_.default, arguments)
 
 
 @needs_extension
 def test_compiles_in_one_graph_with_dynamic_shapes():
     def step(state, x, y):
-        torch.ops.chassis.moments_update_(*state, x * 2, y, None)
+        torch.ops.chassis.moments_update_(*([tensor] for tensor in state), [x * 2], [y], [])
         return state[0] + 0
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -123,6 +123,6 @@ def test_the_tiles_of_a_triangle_are_each_met_once():
 
 
 def test_opcheck():
-    state = Moments(6, 4)._state.values()
-    arguments = (*state, torch.randn(9, 6), torch.randn(9, 4).bfloat16(), torch.rand(9))
+    sets = [(*Moments(6, 4)._state.values(), torch.randn(9, 6), torch.randn(9, 4).bfloat16(), torch.rand(9)) for _ in "12"]
+    arguments = tuple(list(column) for column in zip(*sets, strict=True))
     torch.library.opcheck(torch.ops.chassis.moments_update_.default, arguments)

@@ -13,8 +13,15 @@ from torch import Tensor
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 
+def moments_update_(*columns: list[Tensor]) -> None:
+    """In place, one layer after the other; for what no layer has, the list is empty. The arguments of `update_layer`."""
+    columns = tuple(column or [None] * len(columns[0]) for column in columns)
+    for layer in zip(*columns, strict=True):
+        update_layer(*layer)
+
+
 @without_autocast
-def moments_update_(
+def update_layer(
     count: Tensor,  # [] float64
     mean_x: Tensor,  # [D] float64
     xx: Tensor,  # [D, D] float64, upper triangle

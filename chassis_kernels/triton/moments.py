@@ -194,7 +194,14 @@ class Side:
         self.residue = own - self.centre.double()
 
 
-def moments_update_(count, mean_x, xx, mean_y, xy, yy, x, y, weight) -> None:
+def moments_update_(*columns: list[Tensor]) -> None:
+    """One layer after the other; for what no layer has, the list is empty. The arguments of `update_layer`."""
+    columns = tuple(column or [None] * len(columns[0]) for column in columns)
+    for layer in zip(*columns, strict=True):
+        update_layer(*layer)
+
+
+def update_layer(count, mean_x, xx, mean_y, xy, yy, x, y, weight) -> None:
     n = len(x)
     weight = None if weight is None else weight.float().contiguous()
     total = count.new_full((1,), n) if weight is None else weight.sum(dtype=torch.float64).view(1)

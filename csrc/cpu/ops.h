@@ -1,6 +1,7 @@
 // What every kernel takes and which variants exist. Pointers and sizes only: tensors are checked in Python.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace chassis {
 
@@ -13,6 +14,9 @@ struct Matrix {
   int64_t rows = 0, cols = 0, stride = 0;
   DType dtype = DType::fp32;
 };
+
+// The moments of a layer, and the rows that it merges; mean_y, xy, yy and y are there together, or none of them.
+struct MomentsUpdate { Matrix count, mean_x, xx, mean_y, xy, yy, x, y, weight; };
 
 // U [A, D, r], V [A, r, K] and cols [A, K] are the first adapter's and the step, in elements, to the next one's; for cols 0
 // where all have the same.
@@ -144,8 +148,7 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
 #define CHASSIS_DECLARE_OPS                                                                                      \
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
   void convert(const Matrix& x, const Matrix& out);                                                              \
-  void moments_update(const Matrix& count, const Matrix& mean_x, const Matrix& xx, const Matrix& mean_y,         \
-                      const Matrix& xy, const Matrix& yy, const Matrix& x, const Matrix& y, const Matrix& weight); \
+  void moments_update(const std::vector<MomentsUpdate>& layers);                                                 \
   void delta_logits_(const DeltaLogits& args);                                                                   \
   void linear_kl(const LinearKL& args, const LinearKLResult& out);                                               \
   void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \

@@ -21,7 +21,7 @@ from chassis.files import write_folder
 from chassis.models import capture, inspect_head
 from chassis.probes import Window, pad
 from chassis.statistics import Statistics
-from chassis_kernels import Moments, ridge
+from chassis_kernels import Moments, ridge, update_layers
 
 FORMAT = "chassis-lens-1"
 FINAL = "final"
@@ -120,8 +120,8 @@ def fit_self_lens(
         ids, mask, _ = pad([window.ids for window in windows[start : start + batch_size]], "right")
         captured = capture(model, ids, mask, layers=layers, pre_norm=True)
         rows = mask.bool().to(device)
-        for layer in layers:
-            moments[layer].update(captured.layers[layer][rows], captured.pre_norm[rows])
+        hidden = [captured.layers[layer][rows] for layer in layers]
+        update_layers([moments[layer] for layer in layers], hidden, captured.pre_norm[rows])
         if progress:
             progress(min(start + batch_size, len(windows)))
     solved = {layer: ridge.solve(each, alpha) for layer, each in moments.items()}

@@ -14,7 +14,7 @@ import torch
 
 from chassis.experts import Readout
 from chassis.probes import Rows
-from chassis_kernels import Moments, mean_probabilities
+from chassis_kernels import Moments, mean_probabilities, update_layers
 
 
 class Statistics:
@@ -33,9 +33,8 @@ class Statistics:
     def update(self, rows: Rows) -> None:
         """Add one batch of rows."""
         target = rows.expert if self.expert.weight is not None else before_cap(rows.expert, self.base.softcap)
-        self.final.update(rows.final, target)
-        for layer, moments in self.layers.items():
-            moments.update(rows.layers[layer], target)
+        hidden = [rows.final, *(rows.layers[layer] for layer in self.layers)]
+        update_layers([self.final, *self.layers.values()], hidden, target)
         offset = -self.n_rows % self.fisher_stride
         self.n_rows += len(rows.final)
         sample = rows.expert[offset :: self.fisher_stride]

@@ -40,7 +40,7 @@ OTHERWISE = {
     "linear_kl_backward": _HEADS,
     "linear_projection_kl": [{"softcap": None} | other for other in _DIVERGENCES],
     "linear_projection_kl_backward": [{"softcap": None, "grad_nll": None} | other for other in _DIVERGENCES],
-    "moments_update_": [dict.fromkeys(("mean_y", "xy", "yy", "y", "weight")) | {"x": torch.ones(2**13 + 1, 3)}],
+    "moments_update_": [dict.fromkeys(("mean_y", "xy", "yy", "y", "weight"), []) | {"x": [torch.ones(2**13 + 1, 3)] * 2}],
     "projection_kl": _DIVERGENCES,
     "projection_kl_backward": [{"grad_nll": None} | other for other in _DIVERGENCES],
     "projection_kl_": [{"nll_weight": None} | other for other in _DIVERGENCES],
@@ -68,6 +68,8 @@ def launches():
 
 def as_type(name, argument, dtype):
     """Matrices and biases of floats in `dtype`; vectors of statistics and weights stay as they are."""
+    if isinstance(argument, list):
+        return [as_type(name, each, dtype) for each in argument]
     floats = isinstance(argument, torch.Tensor) and argument.dtype == torch.float32
     return argument.to(dtype) if floats and (argument.dim() > 1 or "bias" in name) else argument
 
