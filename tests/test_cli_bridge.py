@@ -75,10 +75,12 @@ def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path
     assert {"exact, by decode", "two_segment, by decode", "jeffrey", "jeffrey_counted", "em"} <= set(rows)
     assert {"semantic: ridge", "semantic: hidden_ridge", "counted + hidden_ridge"} <= set(rows)
     assert "uncertainty" not in rows["semantic: ridge"] and rows["semantic: ridge"]["unmapped"] == 0
-    assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"]
+    assert rows["counted"]["kl_bits"] < rows["canonical"]["kl_bits"] and rows["base alone"]["kl_bits"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"bridge.html", "bridge.json", "ladder.png"}
     page = (tmp_path / "bridge.html").read_text()
-    assert "uncertainty of the bridge" in page and "bits of the expert in its own tokens" in page and "<script" not in page
+    for part in ("Uncertainty of the bridge", "Surprise of the expert in its own tokens", "Surprise of the base", "no-op"):
+        assert part in page
+    assert "3 windows" in page and "<script" not in page
 
 
 def test_fit_through_a_bridge(tiny_testbed, work, tmp_path):

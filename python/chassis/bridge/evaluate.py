@@ -103,9 +103,15 @@ def evaluate(
         aligned = scored & torch.tensor([bool(c) for c in plan.complete])
         for name, result in results.items():
             used = bridges[name][0] if name in bridges else bridge
-            _add(tallies[name], used.nll(plan, result), result, scored, truth, aligned)
-        tallies[MIXTURE].nats += float(_mixed(reading, _floored(bridge, results[main].log_q), weight)[scored].sum())
-        tallies["base alone"].nats -= float(reading.chosen(reading.log_p)[scored].sum())
+            _add(tallies[name], used.nll(plan, result), result, scored)
+            if truth is not None:
+                _compare(tallies[name], truth[aligned], result.log_q[aligned])
+        log_q, log_p = _floored(bridge, results[main].log_q), reading.log_p
+        tallies[MIXTURE].nats += float(_mixed(reading, log_q, weight)[scored].sum())
+        tallies["base alone"].nats -= float(reading.chosen(log_p)[scored].sum())
+        if truth is not None:
+            _compare(tallies[MIXTURE], truth[aligned], ((1 - weight) * log_q.exp() + weight * log_p.exp()).log()[aligned])
+            _compare(tallies["base alone"], truth[aligned], log_p[aligned])
         passage = passage or _passage(bridge, reading, results[main], own_nats)
         progress("test", done, len(parts["test"]))
     rows = [tallies[name].row(name, n_bytes) for name in names]
@@ -114,6 +120,7 @@ def evaluate(
         "rows": [best, *rows],
         "main": main,
         "mixture_weight": weight,
+        "reference": reference,
         "test_bytes": n_bytes,
         "test_windows": len(parts["test"]),
         "coverage": bridge.coverage(),
@@ -165,17 +172,20 @@ def _own_nats(bridge: Bridge, reading: Reading) -> Tensor:
     return -log_p.gather(1, tokens[:, None])[:, 0].double()
 
 
-def _add(tally: Tally, nll: Tensor, result, scored: Tensor, truth: Tensor | None, aligned: Tensor) -> None:
+def _add(tally: Tally, nll: Tensor, result: Bridged, scored: Tensor) -> None:
     tally.nats += float(nll[scored].sum())
     tally.mass += float(result.mass[scored].sum())
     tally.uncertainty.append(result.uncertainty[scored].float())
     tally.positions += int(scored.sum())
-    if truth is not None and aligned.any():
-        q, r = truth[aligned].double(), result.log_q[aligned].double()
-        r = ((1 - FLOOR) * r.exp() + FLOOR / r.shape[1]).log()
-        tally.kl += float(torch.where(q > -torch.inf, q.exp() * (q - r), 0.0).sum())
-        tally.agree += int((q.argmax(1) == r.argmax(1)).sum())
-        tally.compared += int(aligned.sum())
+
+
+def _compare(tally: Tally, truth: Tensor, log_q: Tensor) -> None:
+    """Add KL and agreement of log_q [n, V] with the reference."""
+    p, q = truth.double(), log_q.double()
+    q = ((1 - FLOOR) * q.exp() + FLOOR / q.shape[1]).log()
+    tally.kl += float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
+    tally.agree += int((p.argmax(1) == q.argmax(1)).sum())
+    tally.compared += len(p)
 
 
 def _begins(bridge: Bridge, plan: Plan) -> np.ndarray:

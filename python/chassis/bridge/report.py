@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chassis.bridge.evaluate import MIXTURE
@@ -16,7 +17,11 @@ from chassis.page import Row, Table, count, number, plain, print_tables, render,
 
 OWN, BASE = "expert in its own tokens", "base alone"
 COLOURS = {OWN: EXPERT, BASE: NO_OP, MIXTURE: REFINED}
-CAPTION = "Bits per byte of held-out text, over every base position and from the text before it alone. Lower is better."
+CAPTION = (
+    "Every base position counts, each predicted from the text before it alone. Dashed: the expert in its own tokens, and "
+    "the base alone, which is the no-op. Lower is better."
+)
+WIDEST = 1.5  # of the base's bits per byte: longer bars are cut
 WARM, COOL = (232, 96, 60), (47, 109, 181)
 
 
@@ -27,13 +32,15 @@ def write_report(results: dict, folder: str | Path) -> Path:
     page = render(
         "bridge.html",
         title=title(results),
-        intro="Bits per byte of held-out text. The base alone is the no-op: what it scores without the expert. KL is "
-        "measured against a lookahead reference, in bits, where both tokenizations have ended.",
+        intro=_intro(results),
         cards=_cards(results),
         pictures=[(picture, CAPTION)],
         tables=tables(results),
         passage=passage(results),
-        notes=[", ".join(f"{k} {v}" for k, v in (results.get("environment") or {}).items() if v is not None)],
+        notes=[
+            f"{results['test_windows']} windows, {count(results['test_bytes'])} bytes of held-out text",
+            ", ".join(f"{k} {v}" for k, v in (results.get("environment") or {}).items() if v is not None),
+        ],
     )
     files = {"bridge.html": page, "ladder.png": picture, "bridge.json": json.dumps(results, indent=1, allow_nan=False)}
     return write_folder(folder, files) / "bridge.html"
@@ -97,46 +104,102 @@ def coverage_table(coverage: dict) -> Table:
 
 
 def ladder(results: dict) -> bytes:
-    """Bars of bits per byte, PNG."""
-    rows = results["rows"]
+    """Bits per byte as bars and, where there is a reference, the KL to it as points; PNG."""
+    rows, measured = results["rows"], any("kl_bits" in row for row in results["rows"])
     with rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(7.6, 0.32 * len(rows) + 1.2), dpi=160, layout="constrained")
-        axes = figure.add_subplot()
-        names = [row["name"] for row in rows][::-1]
-        values = [row["bits_per_byte"] for row in rows][::-1]
-        axes.barh(names, values, color=[COLOURS.get(name, CLOSED) for name in names], height=0.66)
-        for place, value in enumerate(values):
-            axes.text(value, place, f" {value:.3f}", va="center", fontsize=9)
-        axes.set_xlim(0, max(values) * 1.12)
-        axes.margins(y=0.02)
-        axes.set(title="Bits per byte by estimator", xlabel="bits per byte")
-        axes.tick_params(axis="y", length=0)
+        size = (9.4 if measured else 7.6, 0.32 * len(rows) + 1.4)
+        figure = Figure(figsize=size, dpi=160, layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2)) if measured else [figure.add_subplot()]
+        _bars(panels[0], rows)
+        if measured:
+            _points(panels[1], rows, results["reference"])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
+def _bars(axes: Axes, rows: list[dict]) -> None:
+    levels = {row["name"]: row["bits_per_byte"] for row in rows}
+    end = min(max(levels.values()), WIDEST * levels[BASE])
+    axes.barh(list(levels), [min(value, end) for value in levels.values()], color=_colours(rows), height=0.66)
+    for place, value in enumerate(levels.values()):
+        cut = value > end
+        text, colour = (f"{value:.3f} → ", "white") if cut else (f" {value:.3f}", STYLE["text.color"])
+        side, box = ("right", None) if cut else ("left", {"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+        axes.text(min(value, end), place, text, va="center", ha=side, fontsize=9, color=colour, bbox=box)
+    for name in (OWN, BASE):
+        axes.axvline(levels[name], color=COLOURS[name], linewidth=1.2, linestyle=(0, (5, 3)), zorder=0.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, end * 1.12)
+    axes.margins(y=0.02)
+    axes.set(title="Bits per byte of held-out text", xlabel="bits per byte")
+    axes.tick_params(axis="y", length=0)
+
+
+def _points(axes: Axes, rows: list[dict], reference: int) -> None:
+    for place, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):
+        if row.get("kl_bits"):
+            axes.plot(row["kl_bits"], place, "o", color=colour)
+            axes.text(row["kl_bits"], place, f"   {row['kl_bits']:.3f}", va="center", fontsize=9)
+        else:
+            axes.text(0.03, place, "–", va="center", transform=axes.get_yaxis_transform(), color="#5b636d")
+    axes.set_xscale("log")
+    axes.margins(x=0.3)
+    axes.set(title=f"KL to a lookahead of {reference}", xlabel="bits per position, log scale")
+    axes.tick_params(axis="y", length=0)
+
+
+def _colours(rows: list[dict]) -> list[str]:
+    return [COLOURS.get(row["name"], CLOSED) for row in rows]
+
+
 def passage(results: dict) -> list[dict]:
     """One passage four times: how uncertain the bridge was, and how many bits each of the speakers spent on every token."""
     views = {
-        "uncertainty of the bridge": ("tokens", "uncertainty", 1.0, COOL),
-        "bits of the bridged expert": ("tokens", "bridge_bits", 8.0, WARM),
-        "bits of the expert in its own tokens": ("expert_tokens", "expert_bits", 8.0, WARM),
-        "bits of the base": ("tokens", "base_bits", 8.0, WARM),
+        "Uncertainty of the bridge": ("tokens", "uncertainty", 1.0, "1", COOL),
+        "Surprise of the expert in its own tokens": ("expert_tokens", "expert_bits", 8.0, "8 bits and more", WARM),
+        "Surprise of the expert through the bridge": ("tokens", "bridge_bits", 8.0, "8 bits and more", WARM),
+        "Surprise of the base": ("tokens", "base_bits", 8.0, "8 bits and more", WARM),
     }
     found = []
-    for name, (kind, key, top, colour) in views.items():
+    for name, (kind, key, top, most, colour) in views.items():
+        tokens = (results.get("passage") or {}).get(kind) or []
+        values = [token[key] for token in tokens if token[key] is not None]
+        if not values:
+            continue
         cells = []
-        for token in (results.get("passage") or {}).get(kind) or []:
+        for token in tokens:
             body = token["text"].rstrip("\n")
             level = min(max((token[key] or 0) / top, 0.0), 1.0)
-            shade = "#" + "".join(f"{round(255 + (part - 255) * level * 0.75):02x}" for part in colour)
+            unit = "" if kind == "tokens" and key == "uncertainty" else " bits"
             cells.append(
-                {"text": body or "↵", "tail": token["text"][len(body) :], "value": number(token[key]), "colour": shade}
+                {
+                    "text": body or "↵",
+                    "tail": token["text"][len(body) :],
+                    "value": number(token[key]) + unit,
+                    "colour": _shade(colour, level),
+                }
             )
-        if cells:
-            found.append({"name": f"{name}, 0 to {top:g} and more", "tokens": cells})
+        mean = f"mean {number(sum(values) / len(values))}{'' if key == 'uncertainty' else ' bits a token'}"
+        found.append({"name": name, "mean": mean, "top": most, "ramp": [_shade(colour, x) for x in (0, 1)], "tokens": cells})
     return found
+
+
+def _shade(colour: tuple[int, int, int], level: float) -> str:
+    return "#" + "".join(f"{round(255 + (part - 255) * level * 0.75):02x}" for part in colour)
+
+
+def _intro(results: dict) -> str:
+    text = (
+        "What the expert's next-token probabilities are worth once they are read in the base's tokens. u, the uncertainty: "
+        "the probability of which the bridge cannot tell the base's token. Unmapped: the probability no token was found for."
+    )
+    if results.get("reference"):
+        text += (
+            f" KL, in bits, and top-1 agreement are against a lookahead of {results['reference']} evaluations a position, "
+            "where tokens of both end."
+        )
+    return text
 
 
 def _cards(results: dict) -> list[dict]:
@@ -156,7 +219,10 @@ def _cards(results: dict) -> list[dict]:
         {
             "label": MIXTURE.capitalize(),
             "value": number(names[MIXTURE]["bits_per_byte"]),
-            "note": f"weight of the base {results['mixture_weight']:g}, fitted on validation documents",
+            "note": f"bits per byte; weight of the base {results['mixture_weight']:g}, fitted on validation documents",
         },
     ]
+    if "kl_bits" in main:
+        note = f"bits, to a lookahead of {results['reference']}; base alone (no-op) {number(base.get('kl_bits'))}"
+        cards.append({"label": "KL through the bridge", "value": number(main["kl_bits"]), "note": note})
     return cards
