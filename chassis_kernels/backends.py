@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -129,15 +129,18 @@ def register(
 
 def _plain(args: tuple) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
     grad = torch.is_grad_enabled()
-    for t in args:
-        if isinstance(t, torch.Tensor) and (type(t) not in _ORDINARY or (grad and t.requires_grad)):
-            return False
-    return True
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    return ordinary(tensors) and not (grad and any([t.requires_grad for t in tensors]))
+
+
+def ordinary(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether these are tensors of torch's own kind with values to look at: nobody compiles or transforms the call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and all([type(t) in _ORDINARY for t in tensors])
 
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)

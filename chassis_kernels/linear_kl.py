@@ -61,6 +61,10 @@ def linear_kl(
     with NaN or without any finite logit gives NaN. The result is float32 (float64 if an input is, on the reference
     backend), unclamped: two equal distributions may give -1e-7. Differentiable in delta's u, v and c alone.
 
+    On the CPU the gradients are made in the same pass as the KL and held until backward, [N, r], [r, V] and [V] in float32,
+    and 2 · 192 · V more floats exist meanwhile. Where the upstream gradient differs from row to row (a sum or mean gives
+    every row the same), those for v and c take a second pass.
+
     Raises ValueError for shapes that do not fit and RuntimeError where a hidden state, W or bias requires grad.
     """
     u, v, c = delta if delta is not None else (None, None, None)
@@ -72,9 +76,8 @@ def linear_kl(
             raise ValueError(f"{name} is {value}: a softcap is positive, or None for no cap")
     if W_b is None and (bias_b is not None or softcap_b is not None or scale_b != 1.0):
         raise ValueError("without W_b, h_b is the logits themselves: bias_b, softcap_b and scale_b do not apply")
-    kl, *rest = torch.ops.chassis.linear_kl(
-        h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, softcap_a, softcap_b, scale_a, scale_b
-    )
+    inputs = h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, softcap_a, softcap_b, scale_a, scale_b
+    kl, *rest = _OnePass.apply(*inputs) if _one_pass(inputs) else torch.ops.chassis.linear_kl(*inputs)
     return (kl, LinearKLStats(*(t.detach() for t in rest))) if stats else kl
 
 
@@ -128,14 +131,49 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
-def _setup_context(ctx, inputs, output):
+def _one_pass(inputs: tuple) -> bool:
+    """Whether the gradients are made together with the KL: for the C++ kernel, whose block of logits they need, and where
+    backward can look at the upstream gradient."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and backends.ordinary(tensors)
+    return wanted and backends.select("linear_kl", tensors[0].device.type, tuple(t.dtype for t in tensors)) == "cpu"
+
+
+class _OnePass(torch.autograd.Function):
+    """The KL and, in the same pass, the gradients of its sum.
+
+    Backward scales them where the upstream gradient is the same for every row, as that of a sum or mean; otherwise it makes
+    them again, unless u's are all it needs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        needs = list(ctx.needs_input_grad[6:9])
+        *output, grad_u, grad_v, grad_c = torch.ops.chassis.linear_kl_with_gradients(*inputs, needs)
+        _setup_context(ctx, inputs, output, (grad_u, grad_v, grad_c))
+        ctx.mark_non_differentiable(*output[1:])
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        needs = ctx.needs_input_grad[6:9]
+        by_row = not (needs[1] or needs[2])
+        if torch.is_grad_enabled() or not (by_row or (len(grad) and bool((grad == grad[0]).all()))):
+            return _backward(ctx, grad)
+        scaled = []
+        for made, tensor, need in zip(ctx.saved_tensors[-3:], ctx.saved_tensors[6:9], needs, strict=True):
+            factor = grad[:, None] if len(scaled) == 0 else grad[0]
+            scaled.append((made * factor).to(tensor.dtype) if need else None)
+        return *(None,) * 6, *scaled, *(None,) * 4
+
+
+def _setup_context(ctx, inputs, output, grads=()):
     *tensors, ctx.softcap_a, ctx.softcap_b, ctx.scale_a, ctx.scale_b = inputs
     _, lse_a, lse_b, *_ = output
-    ctx.save_for_backward(*tensors, lse_a, lse_b)
+    ctx.save_for_backward(*tensors, lse_a, lse_b, *grads)
 
 
 def _backward(ctx, grad, *_):
-    *tensors, lse_a, lse_b = ctx.saved_tensors
+    *tensors, lse_a, lse_b = ctx.saved_tensors[:11]
     options = ctx.softcap_a, ctx.softcap_b, ctx.scale_a, ctx.scale_b
     if grad is None or tensors[6] is None:
         return (None,) * 13
@@ -162,33 +200,62 @@ def _cpu_args(tensors, softcap_a, softcap_b, scale_a, scale_b) -> tuple:
     return *map(backends.matrix_args, tensors), softcap_a or 0.0, softcap_b or 0.0, scale_a, scale_b
 
 
-def _cpu(*inputs):
-    tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
-    n = tensors[0].shape[0]
-    out = tuple(tensors[0].new_empty(n, dtype=d) for d in (torch.float32, *_STATS_DTYPES))
-    backends._C.linear_kl(_cpu_args(tensors, *inputs[9:]), *(t.data_ptr() for t in out))
+def _fake_with_gradients(*inputs):
+    *inputs, needs = inputs
+    return *_fake(*inputs), *_gradients(inputs, needs)
+
+
+def _gradients(inputs, needs) -> list[Tensor]:
+    """Zeroed room for the gradients that are wanted."""
+    dtype = reference.compute_dtype(*(t for t in inputs if isinstance(t, Tensor)))
+    shapes = (t.shape if need else (0,) for t, need in zip(inputs[6:9], needs, strict=True))
+    return [inputs[0].new_zeros(shape, dtype=dtype) for shape in shapes]
+
+
+def _cpu_args(inputs) -> tuple[list[Tensor | None], tuple]:
+    """The inputs as the extension takes them, and the tensors behind the addresses: to be kept until it returns."""
+    *tensors, softcap_a, softcap_b, scale_a, scale_b = inputs
+    kept = [backends.rows_contiguous(t) for t in tensors]
+    return kept, (*map(backends.matrix_args, kept), softcap_a or 0.0, softcap_b or 0.0, scale_a, scale_b)
+
+
+def _cpu(*inputs, grads=(None, None, None)):
+    kept, arguments = _cpu_args(inputs)
+    out = tuple(kept[0].new_empty(len(kept[0]), dtype=d) for d in (torch.float32, *_STATS_DTYPES))
+    backends._C.linear_kl(arguments, tuple(map(_address, out)), tuple(map(_address, grads)))
     return out
 
 
+def _cpu_with_gradients(*inputs):
+    *inputs, needs = inputs
+    grads = _gradients(inputs, needs)
+    out = _cpu(*inputs, grads=[grad if need else None for grad, need in zip(grads, needs, strict=True)])
+    return *out, *grads
+
+
 def _cpu_backward(grad, *inputs):
-    tensors = tuple(map(backends.rows_contiguous, inputs[:9]))
-    *options, lse_a, lse_b = inputs[9:]
+    *inputs, lse_a, lse_b = inputs
     grad, lse_a, lse_b = grad.float().contiguous(), lse_a.contiguous(), lse_b.contiguous()
-    u, v, c = tensors[6:]
-    grad_u, grad_v = grad.new_empty(u.shape), grad.new_zeros(v.shape)
-    grad_c = grad.new_zeros(0 if c is None else c.shape[0])
-    backends._C.linear_kl_backward(
-        _cpu_args(tensors, *options),
-        *(t.data_ptr() for t in (grad, lse_a, lse_b, grad_u, grad_v)),
-        0 if c is None else grad_c.data_ptr(),
-    )
-    return grad_u.to(u.dtype), grad_v.to(v.dtype), grad_c if c is None else grad_c.to(c.dtype)
+    needs = [True, True, inputs[8] is not None]
+    kept, arguments = _cpu_args(inputs)
+    grads = _gradients(inputs, needs)
+    upstream = (t.data_ptr() for t in (grad, lse_a, lse_b))
+    backends._C.linear_kl_backward(arguments, *upstream, tuple(map(_address, grads)))
+    return tuple(made if t is None else made.to(t.dtype) for made, t in zip(grads, inputs[6:9], strict=True))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _example(device: str) -> tuple:
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5), (7, 5), (3, 4), (7, 4), (7,), (7,), (3, 2), (2, 7), (7,))
     return *(torch.randn(shape, generator=generator).to(device) for shape in shapes), 20.0, None, 1.0, 0.5
+
+
+def _example_with_gradients(device: str) -> tuple:
+    return *_example(device), [True, True, True]
 
 
 def _example_backward(device: str) -> tuple:
@@ -204,6 +271,14 @@ backends.register(
     example=_example,
     cpu=backends.Implementation(_cpu, _CPU_DTYPES, "x86-64"),
     triton=backends.triton_kernel("linear_kl", "linear_kl"),
+    inputs=slice(0, 9),
+)
+backends.register(
+    f"linear_kl_with_gradients({_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.linear_kl_with_gradients,
+    fake=_fake_with_gradients,
+    example=_example_with_gradients,
+    cpu=backends.Implementation(_cpu_with_gradients, _CPU_DTYPES, "x86-64"),
     inputs=slice(0, 9),
 )
 backends.register(

@@ -35,6 +35,8 @@ chassis::LinearKL linear_kl_args(const py::tuple& t) {
 template <class T>
 T* at(const py::tuple& pointers, int i) { return pointer<T>(pointers[i].cast<uintptr_t>()); }
 
+chassis::LinearKLGradients linear_kl_gradients(const py::tuple& t) { return {at<float>(t, 0), at<float>(t, 1), at<float>(t, 2)}; }
+
 // teacher, (start, rows, weights, teacher tokens), (columns, how many), (student_chunk, teacher_chunk, how many), labels,
 // width, (temperature, divergence, tail); the student comes apart
 chassis::ProjectionKL projection_kl_args(const py::tuple& t) {
@@ -130,17 +132,18 @@ PYBIND11_MODULE(_C, m) {
                               stride_U, stride_V, stride_cols, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
     DISPATCH(delta_logits_(args));
   });
-  m.def("linear_kl", [](const py::tuple& inputs, uintptr_t kl, uintptr_t lse_a, uintptr_t lse_b, uintptr_t argmax_a,
-                        uintptr_t argmax_b) {
+  m.def("linear_kl", [](const py::tuple& inputs, const py::tuple& result, const py::tuple& grads) {
     chassis::LinearKL args = linear_kl_args(inputs);
-    DISPATCH(linear_kl(args, {pointer<float>(kl), pointer<double>(lse_a), pointer<double>(lse_b), pointer<int64_t>(argmax_a),
-                              pointer<int64_t>(argmax_b)}));
+    chassis::LinearKLResult out{at<float>(result, 0), at<double>(result, 1), at<double>(result, 2), at<int64_t>(result, 3),
+                                at<int64_t>(result, 4)};
+    chassis::LinearKLGradients wanted = linear_kl_gradients(grads);
+    DISPATCH(linear_kl(args, out, wanted));
   });
-  m.def("linear_kl_backward", [](const py::tuple& inputs, uintptr_t grad, uintptr_t lse_a, uintptr_t lse_b, uintptr_t u,
-                                 uintptr_t v, uintptr_t c) {
+  m.def("linear_kl_backward", [](const py::tuple& inputs, uintptr_t grad, uintptr_t lse_a, uintptr_t lse_b,
+                                 const py::tuple& grads) {
     chassis::LinearKL args = linear_kl_args(inputs);
-    DISPATCH(linear_kl_backward(args, pointer<float>(grad), pointer<double>(lse_a), pointer<double>(lse_b),
-                                {pointer<float>(u), pointer<float>(v), pointer<float>(c)}));
+    chassis::LinearKLGradients wanted = linear_kl_gradients(grads);
+    DISPATCH(linear_kl_backward(args, pointer<float>(grad), pointer<double>(lse_a), pointer<double>(lse_b), wanted));
   });
   m.def("projection_kl", [](const py::object& student, const py::tuple& inputs, const py::tuple& result, bool known,
                             const py::object& grad, const py::tuple& upstream) {

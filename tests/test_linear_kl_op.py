@@ -2,13 +2,16 @@
 
 import torch
 from test_linear_kl import each_backend, problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chassis_kernels import Delta, backends, linear_kl, use_backend
 
 
 @each_backend
 def test_opcheck(backend):
-    for name in ("linear_kl", "linear_kl_backward"):
+    for name in ("linear_kl", "linear_kl_with_gradients", "linear_kl_backward"):
+        if backend not in backends.OPS[name].implementations:
+            continue
         inputs = backends.OPS[name].example("cpu")
         with use_backend(backend):
             torch.library.opcheck(getattr(torch.ops.chassis, name).default, inputs)
@@ -37,6 +40,17 @@ def test_compiles_in_one_graph_with_dynamic_shapes_and_scalars(backend):
                 assert all(map(torch.equal, *grads))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_fake_tensors_have_gradients_of_the_right_shape():
+    heads, delta = problem()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (*heads, *delta)]
+        leaves = [t.requires_grad_() for t in fake[4:]]
+        grads = torch.autograd.grad(linear_kl(*fake[:4], delta=Delta(*leaves)).mean(), leaves)
+        assert [g.shape for g in grads] == [t.shape for t in delta]
+        grads = torch.ops.chassis.linear_kl_with_gradients(*heads, None, None, *delta, None, None, 1.0, 1.0, [True] * 3)[5:]
+        assert [g.shape for g in grads] == [t.shape for t in delta]
 
 
 @each_backend

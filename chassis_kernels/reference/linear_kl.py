@@ -72,6 +72,21 @@ def linear_kl_backward(
 
     A fused backend reads the log-sum-exps of the forward pass; here softmax finds them again.
     """
+    inputs = h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, softcap_a, softcap_b, scale_a, scale_b
+    grads = zip(_gradients(grad, *inputs), (u, v, v if c is None else c), strict=True)
+    return tuple(found.to(tensor.dtype) for found, tensor in grads)
+
+
+@without_autocast
+def linear_kl_with_gradients(*inputs):
+    """`linear_kl`, and the gradients of its sum over rows as computed, empty where the last argument, bool[3], is False."""
+    *inputs, needs = inputs
+    found = linear_kl(*inputs)
+    grads = _gradients(torch.ones_like(found[0]), *inputs)
+    return *found, *(grad if need else grad.new_zeros(0) for grad, need in zip(grads, needs, strict=True))
+
+
+def _gradients(grad, h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, softcap_a, softcap_b, scale_a, scale_b):
     dtype = compute_dtype(h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c)
     grad_u, grad_v = torch.zeros_like(u, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     grad_c = grad_v.new_zeros(0 if c is None else c.shape[0])
@@ -86,7 +101,7 @@ def linear_kl_backward(
         grad_v += u[rows].to(dtype).T @ dz
         if c is not None:
             grad_c += dz.sum(0)
-    return grad_u.to(u.dtype), grad_v.to(v.dtype), grad_c if c is None else grad_c.to(c.dtype)
+    return grad_u, grad_v, grad_c
 
 
 @without_autocast

@@ -1,0 +1,125 @@
+// The logits of linear_kl, a block of rows by a tile of columns at a time: packed operands, their products, and what makes
+// logits of them: shifts, scale and softcap.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu/gemm_bf16.h"
+#include "cpu/tensor.h"
+
+namespace chassis {
+namespace CHASSIS_ISA {
+
+constexpr int64_t kTile = 8 * kNr;          // columns: 256, 128 or 64
+constexpr int64_t kBlock = 96 / kMr * kMr;  // rows
+constexpr int64_t kSum = 128;               // additions per running sum: longer ones lose digits
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// One term of the logits: left [rows, depth] times right, which is [columns, depth] or, across, [depth, columns].
+struct Product {
+  Matrix left, right;
+  bool across;
+  Multiplier way;
+
+  Product(const Matrix& left, const Matrix& right, bool across)
+      : left(left), right(right), across(across),
+        way{!across && left.dtype == DType::bf16 && right.dtype == DType::bf16 && has_bf16_products()} {}
+
+  void pack_left(int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) const {
+    pack_operand<kMr>(left, row, rows, k, depth, left.stride, 1, out);
+  }
+  void pack_right(int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) const {
+    pack_operand<kNr>(right, column, columns, k, depth, across ? 1 : right.stride, across ? right.stride : 1, out);
+  }
+  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, float* out, bool accumulate) const {
+    way.multiply(a, rows, b, columns, depth, out, kTile, accumulate);
+  }
+
+ private:
+  template <int kWidth>
+  void pack_operand(const Matrix& m, int64_t i, int64_t n, int64_t k, int64_t depth, int64_t stride, int64_t depth_stride,
+                    float* out) const {
+    with_type(m, [&](auto* p) {
+      Operand<std::remove_pointer_t<decltype(p)>> operand{p, stride, depth_stride};
+      way.pack_panels<kWidth>(operand.from(i, k), n, depth, out);
+    });
+  }
+};
+
+// One of the two distributions: the products that make its logits, or the logits themselves.
+class Side {
+ public:
+  Side(const Matrix& h, const Matrix& W, const Matrix& u, const Matrix& v, const Matrix& bias, const Matrix& c, float softcap,
+       float scale, int64_t vocabulary)
+      : softcap(softcap), scale(scale), given(W.data ? Matrix{} : h) {
+    if (W.data) products.emplace_back(h, W, false);
+    if (u.data) products.emplace_back(u, v, true);
+    for (const Product& product : products) depth += product.left.cols;
+    if (!bias.data && !c.data) return;
+    shift.assign(vocabulary, 0.0f);
+    for (const Matrix& term : {bias, c})
+      with_type(term, [&](auto* p) {
+        for (int64_t j = 0; p && j < vocabulary; ++j) shift[j] += to_float(p[j]);
+      });
+  }
+
+  const float softcap, scale;
+  int64_t depth = 0;
+
+  int64_t rows_size() const { return kBlock * depth; }  // floats for a packed block of rows, and for a tile of columns
+  int64_t tile_size() const { return kTile * depth; }
+
+  void pack_rows(int64_t row, int64_t rows, float* out) const {
+    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) { p.pack_left(row, rows, k, steps, out + at * kBlock); });
+  }
+  // A panel at a time through all of its depth, so that the rows of a head stream.
+  void pack_tile(int64_t column, int64_t columns, float* out) const {
+    for (int64_t j = 0; j < columns; j += kNr)
+      each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
+        p.pack_right(column + j, std::min<int64_t>(kNr, columns - j), k, steps, out + at * kTile + j * p.way.steps(steps));
+      });
+  }
+
+  // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns.
+  void logits(const float* block, int64_t row, int64_t rows, const float* tile, int64_t column, int64_t columns, float* z) const {
+    bool first = true;
+    each_depth([&](const Product& p, int64_t, int64_t steps, int64_t at) {
+      p.multiply(block + at * kBlock, rows, tile + at * kTile, columns, steps, z, !first);
+      first = false;
+    });
+    if (first) std::fill_n(z, rows * kTile, 0.0f);
+    for (int64_t i = 0; i < rows; ++i, z += kTile) {
+      if (given.data)
+        with_type(given, [&](auto* p) {
+          p += (row + i) * given.stride + column;
+          for (int64_t j = 0; j < columns; j += kLanes) store(z + j, load_line(p + j, 1, columns - j));
+        });
+      if (!shift.empty())
+        for (int64_t j = 0; j < columns; j += kLanes) store(z + j, load(z + j) + load_line(shift.data() + column + j, 1, columns - j));
+      if (scale != 1)
+        for (int64_t j = 0; j < columns; j += kLanes) store(z + j, load(z + j) * scale);
+      if (softcap > 0)
+        for (int64_t j = 0; j < columns; j += kLanes) store(z + j, softcap * tanh(load(z + j) / softcap));
+      std::fill(z + columns, z + kTile, -kInf);
+    }
+  }
+
+ private:
+  const Matrix given;
+  std::vector<Product> products;
+  std::vector<float> shift;
+
+  template <class F>
+  void each_depth(F f) const {
+    int64_t at = 0;
+    for (const Product& product : products)
+      for (int64_t k = 0, steps; k < product.left.cols; k += steps, at += steps) {
+        steps = std::min(product.way.pairs ? 2 * kSum : kSum, product.left.cols - k);
+        f(product, k, steps, at);
+      }
+  }
+};
+
+}  // namespace CHASSIS_ISA
+}  // namespace chassis
