@@ -10,7 +10,7 @@ All of it is known from the text before the position. Then what cannot follow th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from chassis.bridge.plan import Plan, UnderWay
+from chassis.bridge.stretches import starts
 from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
 
@@ -52,12 +53,13 @@ class States:
         self.logits = logits[:, : under_way.leaves.n_expert]
         if padding is not None:
             self.logits = self.logits.masked_fill(padding.to(logits.device), -torch.inf)
-        self.lse = torch.cat([(part.float() / temperature).logsumexp(1) for part in self.logits.split(256)])
+        parts = (part.float() for part in self.logits.split(256))
+        self.lse = torch.cat([(part if temperature == 1 else part / temperature).logsumexp(1) for part in parts])
         tree = plan.tree
-        edge = self.log_p(torch.from_numpy(tree.parent[1:]), torch.from_numpy(tree.tokens[1:])).double().cpu().numpy()
-        path = [0.0]
-        for parent, log_p in zip(tree.parent[1:].tolist(), edge.tolist(), strict=True):
-            path.append(path[parent] + log_p)
+        edge = self.log_p(torch.from_numpy(tree.parent), torch.from_numpy(tree.tokens)).double().cpu().numpy()
+        path: list[float] = []
+        for parent, log_p in zip(tree.parent.tolist(), edge.tolist(), strict=True):
+            path.append(path[parent] + log_p if parent >= 0 else 0.0)
         self.path = np.array(path)  # log P of the tokens that lead to a node
 
     def log_p(self, nodes: Tensor | int, tokens: Tensor) -> Tensor:
@@ -68,22 +70,19 @@ class States:
     @cached_property
     def mixtures(self) -> Mixtures:
         """What may be at hand at every position."""
-        plan, none = self.plan, np.zeros(0, dtype=np.int64)
-        begun = [(int(plan.tree.tokens[node]), bytes_) for pairs in plan.under_way for node, bytes_ in pairs]
-        tokens, rows = zip((none, none), *(self.under_way.after(*key) for key in begun), strict=True)
-        sizes = np.array([len(part) for part in tokens[1:]], dtype=np.int64)
-        nodes = np.array([node for pairs in plan.under_way for node, _ in pairs], dtype=np.int64)
-        pairs_start = _start([len(pairs) for pairs in plan.under_way])
-        start = _start(sizes)[pairs_start]
-        nodes = np.repeat(nodes, sizes)
-        log_p = self.log_p(torch.from_numpy(nodes), torch.from_numpy(np.concatenate(tokens)))
-        logs = log_p.double().cpu().numpy() + self.path[nodes]
-        complete = np.array([node for nodes in plan.complete for node in nodes], dtype=np.int64)
-        shares, complete_start = self.path[complete], _start([len(nodes) for nodes in plan.complete])
+        plan = self.plan
+        options = self.under_way.options(plan.tree.tokens[plan.begun], plan.so_far)
+        sets = [self.under_way.tokens[option] for option in options.tolist()]
+        sizes = np.array([len(tokens) for tokens in sets], dtype=np.int64)
+        tokens = np.concatenate([np.zeros(0, np.int32), *sets]).astype(np.int64)
+        nodes, start = np.repeat(plan.begun, sizes), starts(sizes)[plan.begun_start]
+        rows = self.under_way.leaves.row(tokens, np.repeat(plan.sizes, sizes))
+        logs = self.log_p(torch.from_numpy(nodes), torch.from_numpy(tokens)).double().cpu().numpy() + self.path[nodes]
+        shares, complete_start = self.path[plan.ended], plan.ended_start
         total = np.logaddexp(_log_sums(logs, start), _log_sums(shares, complete_start))
         total[total == -np.inf] = 0.0
         shares, logs = shares - np.repeat(total, np.diff(complete_start)), logs - np.repeat(total, np.diff(start))
-        return Mixtures(Mixture(complete, shares, logs, np.concatenate(rows)), complete_start, start)
+        return Mixtures(Mixture(plan.ended, shares, logs, rows), complete_start, start)
 
     def mixture(self, position: int) -> Mixture:
         """The states and tokens that may be at hand at a position, with their shares."""
@@ -99,19 +98,16 @@ class States:
         first, n = start[positions], start[positions + 1] - start[positions]
         nodes = np.where(n > 0, np.append(everything.complete, 0)[first], 0)
         logits = self.logits[torch.from_numpy(nodes).to(self.logits.device)]
-        for row in np.flatnonzero(n > 1).tolist():
-            mixture = self.mixture(int(positions[row]))
-            states = torch.from_numpy(mixture.complete).to(logits.device)
-            weights = torch.from_numpy(mixture.shares).float().to(logits.device)
-            log_p = self.logits[states].float() / self.temperature - self.lse[states][:, None]
-            logits[row] = ((log_p + weights[:, None]).logsumexp(0) * self.temperature).to(logits.dtype)
+        for several in np.unique(n[n > 1]).tolist():
+            mixed = np.flatnonzero(n == several)
+            place = first[mixed, None] + np.arange(several)
+            states = torch.from_numpy(everything.complete[place]).to(logits.device)
+            weights = torch.from_numpy(everything.shares[place]).float().to(logits.device) - self.lse[states]
+            log_p = self.logits[states].float() / self.temperature + weights[:, :, None]
+            mixed = torch.from_numpy(mixed).to(logits.device)
+            logits[mixed] = (log_p.logsumexp(1) * self.temperature).to(logits.dtype)
         share = _log_sums(everything.shares, start)[positions]
         return logits, torch.from_numpy(share).float().to(logits.device)
-
-
-def _start(sizes: Sequence[int]) -> np.ndarray:
-    """Where each of consecutive stretches of these sizes begins, and where the last one ends."""
-    return np.append(0, np.cumsum(sizes, dtype=np.int64))
 
 
 def _log_sums(logs: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ class Bridge:
         if self.identical:
             return self._same(logits[: len(plan)], temperature)
         states = States(plan, logits, self.under_way, self.padding, temperature)
-        blocked = self._blocked(np.concatenate([[-1], plan.base_ids[:-1]])) if masked else None
+        blocked = self._blocked(plan.previous) if masked else None
         if self.asks_base:
             self._check_asked(base_log_probs, len(plan))
             tiles = row_probabilities(states, len(self.leaves), len(self.table.ids))
@@ -281,8 +281,7 @@ class Bridge:
 
     def _with_unknown(self, plan: Plan, result: Bridged) -> Bridged:
         """`result` with the base's unigram distribution where the plan has no state of the expert."""
-        pairs = enumerate(zip(plan.complete, plan.under_way, strict=True))
-        unknown = torch.tensor([i for i, (complete, under_way) in pairs if not complete and not under_way], dtype=torch.long)
+        unknown = torch.from_numpy(np.flatnonzero((np.diff(plan.ended_start) == 0) & (np.diff(plan.begun_start) == 0)))
         result.log_q[unknown] = self.unigram.log().to(result.log_q)
         result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
         return result

@@ -20,10 +20,12 @@ import torch
 
 from chassis.bridge.merges import Merges
 from chassis.bridge.pretokens import FOLLOWING, PreTokens
+from chassis.bridge.stretches import starts
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BlockedTokens
 
 CONTINUATION = range(0x80, 0xC0)
+CELLS = 4_000_000  # pairs of tokens looked at at once
 
 
 class CanonicalMask:
@@ -58,12 +60,15 @@ class CanonicalMask:
     def lists(self, previous: Sequence[int]) -> tuple[BlockedTokens, torch.Tensor]:
         """Blocked lists of the tokens in `previous` and which of them each has, [n] int64; -1 (nothing before): none."""
         needed = {index: place for place, index in enumerate(dict.fromkeys(p for p in previous if p >= 0))}
-        parts = [self.blocked_after(index).astype(np.int32) for index in needed]
-        start = torch.zeros(len(parts) + 1, dtype=torch.int64)
-        start[1:] = torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0)
-        tokens = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        asked, step = list(needed), max(1, CELLS // self.tokens.width)
+        sizes, parts = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
+        for begin in range(0, len(asked), step):
+            blocked = self.rows(asked[begin : begin + step])
+            sizes.append(blocked.sum(1))
+            parts.append(np.nonzero(blocked)[1].astype(np.int32))
+        start, tokens = starts(np.concatenate(sizes)), np.concatenate(parts)
         places = torch.tensor([needed.get(index, -1) for index in previous], dtype=torch.int64)
-        return BlockedTokens(start, torch.from_numpy(tokens), self.tokens.width), places
+        return BlockedTokens(torch.from_numpy(start), torch.from_numpy(tokens), self.tokens.width), places
 
     def _blocked(self, previous: int) -> np.ndarray:
         data = self.tokens.bytes[previous]

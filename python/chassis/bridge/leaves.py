@@ -8,9 +8,11 @@ begin with u (one range of the sorted vocabulary), and what follows is their res
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import cached_property
 
 import numpy as np
 
+from chassis.bridge.prefixes import Prefixes
 from chassis.text.token_bytes import TokenBytes
 
 
@@ -57,6 +59,11 @@ class Leaves:
             tokens = self.order[low:high]
             self._under_way[begun] = tokens, self.row(tokens, np.full(len(tokens), len(begun)))
         return self._under_way[begun]
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """The beginnings of the tokens in `order`; made when first asked for."""
+        return Prefixes(self._sorted)
 
     def range_of(self, begun: bytes) -> tuple[int, int]:
         """The tokens that begin with `begun` are order[low:high]."""

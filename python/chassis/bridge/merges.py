@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from chassis.bridge.stretches import ranges
 from chassis.text.token_bytes import TokenBytes
 
 NEVER = np.iinfo(np.int64).max
@@ -32,7 +33,7 @@ class Merges:
         self._levels = []  # tokens that begin with those of the level before
         level = np.flatnonzero(self.left < 0)
         while len(level):
-            level = self._child[_ranges(self._children, level)[0]]
+            level = self._child[ranges(self._children, level)[0]]
             self._levels.append((level, self.left[level]))
 
     @classmethod
@@ -65,17 +66,10 @@ class Merges:
             meet = (rank < before) & (self.rank[y] < before)
             y, rank = y[meet], rank[meet]
             direct[y] = True
-            places, of = _ranges(self._children, y)
+            places, of = ranges(self._children, y)
             above = self._child[places]
             through[above[self.rank[above] >= np.maximum(rank[of], self.rank[x])]] = True
             x, before = self.right[x], self.rank[x]
         for tokens, left in self._levels:
             through[tokens] |= through[left]
         return direct | through
-
-
-def _ranges(start: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places start[w]:start[w + 1] of every w in `which`, one after the other, and the number of their w."""
-    sizes = start[which + 1] - start[which]
-    of = np.repeat(np.arange(len(which)), sizes)
-    return np.arange(len(of)) - (sizes.cumsum() - sizes - start[which])[of], of

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.pretokens import FOLLOWING
+from chassis.bridge.stretches import ranges, starts
 from chassis.text.token_bytes import TokenBytes
 
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
-WHITE = frozenset(b" \t\r\n")
+WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
 
 
@@ -56,10 +58,15 @@ class Plan:
 
     data: bytes
     base_ids: np.ndarray  # [n] int64
+    previous: np.ndarray  # [n] int64, the base token before each; -1 where a text begins
     begins: np.ndarray  # [n] int64, byte at which each base token begins
     tree: Tree
-    complete: tuple[tuple[int, ...], ...]  # [n] states in which the text before the base token is encoded
-    under_way: tuple[tuple[tuple[int, bytes], ...], ...]  # [n] states before a token under way, and its bytes so far
+    ended: np.ndarray  # [c] states in which the text before a base token is encoded, for one base token after the other
+    ended_start: np.ndarray  # [n + 1] where those of each base token begin
+    begun: np.ndarray  # [m] states before a token under way, in the same way
+    begun_start: np.ndarray  # [n + 1]
+    so_far: np.ndarray  # [m] the bytes of the token under way up to here, as a node of the expert's `Leaves.prefixes`
+    sizes: np.ndarray  # [m] how many these are
 
     def __len__(self) -> int:
         return len(self.base_ids)
@@ -69,12 +76,54 @@ class Plan:
         """The expert's encoding of the text, [n_trunk]."""
         return self.tree.tokens[1 : self.tree.n_trunk + 1]
 
+    @cached_property
+    def complete(self) -> tuple[tuple[int, ...], ...]:
+        """[n] states in which the text before the base token is encoded."""
+        return _cut(self.ended.tolist(), self.ended_start)
+
+    @cached_property
+    def under_way(self) -> tuple[tuple[tuple[int, bytes], ...], ...]:
+        """[n] states before a token under way, and its bytes so far."""
+        ends = np.repeat(self.begins, np.diff(self.begun_start))
+        begun = [self.data[end - size : end] for end, size in zip(ends.tolist(), self.sizes.tolist(), strict=True)]
+        return _cut(list(zip(self.begun.tolist(), begun, strict=True)), self.begun_start)
+
+    @staticmethod
+    def join(plans: Sequence[Plan]) -> Plan:
+        """Several texts as one plan, states and positions of one after those of the other; it has no trunk."""
+        if len(plans) == 1:
+            return plans[0]
+        first = np.cumsum([0, *(len(plan.tree) for plan in plans)])
+        moved = [np.where(plan.tree.parent < 0, -1, plan.tree.parent + i) for plan, i in zip(plans, first, strict=False)]
+        tokens, depth = (np.concatenate([getattr(plan.tree, name) for plan in plans]) for name in ("tokens", "depth"))
+        byte = np.cumsum([0, *(len(plan.data) for plan in plans)])
+        same = ("base_ids", "previous", "so_far", "sizes")
+        return Plan(
+            data=b"".join(plan.data for plan in plans),
+            begins=np.concatenate([plan.begins + i for plan, i in zip(plans, byte, strict=False)]),
+            tree=Tree(tokens, np.concatenate(moved), depth, 0),
+            ended=np.concatenate([plan.ended + i for plan, i in zip(plans, first, strict=False)]),
+            ended_start=starts(np.concatenate([np.diff(plan.ended_start) for plan in plans])),
+            begun=np.concatenate([plan.begun + i for plan, i in zip(plans, first, strict=False)]),
+            begun_start=starts(np.concatenate([np.diff(plan.begun_start) for plan in plans])),
+            **{name: np.concatenate([getattr(plan, name) for plan in plans]) for name in same},
+        )
+
+
+def _cut(values: list, start: np.ndarray) -> tuple[tuple, ...]:
+    return tuple(tuple(values[a:b]) for a, b in pairwise(start.tolist()))
+
 
 class UnderWay:
-    """What a piece of text leaves open: the encodings of its beginnings, and the tokens that may be under way."""
+    """What a piece of text leaves open: the encodings of its beginnings, and the tokens that may be under way.
+
+    `tokens[i]` int32: those of number i, as `options` numbers them.
+    """
 
     def __init__(self, leaves: Leaves, mask: CanonicalMask) -> None:
         self.leaves, self.mask = leaves, mask
+        self.tokens: list[np.ndarray] = []
+        self._options: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         self._encodings: dict[bytes, list[list[int]]] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
@@ -99,9 +148,24 @@ class UnderWay:
         sizes = [self._lengths[index] for index in ids]
         return list(accumulate(sizes)) if all(sizes) else self.mask.tokens.encode(text).ends.tolist()
 
-    def begins(self, begun: bytes) -> bool:
-        """Whether any token begins with `begun` and goes on."""
-        return len(self.leaves.under_way(begun)[0]) > 0
+    def options(self, last: np.ndarray, begun: np.ndarray) -> np.ndarray:
+        """Numbers [m] of the tokens that can follow the tokens `last` [m] (-1: nothing before), begin with the nodes
+        `begun` [m] of `leaves.prefixes` and go on; -1 where there are none."""
+        prefixes = self.leaves.prefixes
+        keys, inverse = np.unique((last + 1) * len(prefixes.low) + begun, return_inverse=True)
+        missing = [key for key in keys.tolist() if key not in self._options]
+        if missing:
+            after, nodes = np.divmod(np.array(missing), len(prefixes.low))
+            asked, which = np.unique(after - 1, return_inverse=True)
+            blocked = self.mask.rows(asked.clip(0).tolist()) & (asked >= 0)[:, None]
+            ranges = prefixes.low[nodes].tolist(), prefixes.high[nodes].tolist()
+            for key, row, low, high in zip(missing, which.tolist(), *ranges, strict=True):
+                tokens = self.leaves.order[low:high]
+                tokens = tokens[~blocked[row, tokens]].astype(np.int32)
+                self._options[key] = len(self.tokens) if len(tokens) else -1
+                if len(tokens):
+                    self.tokens.append(tokens)
+        return np.array([self._options[key] for key in keys.tolist()], dtype=np.int64)[inverse]
 
     def after(self, last: int, begun: bytes) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that can follow token `last`, begin with `begun` and go on; the rows of their residuals."""
@@ -116,10 +180,9 @@ class UnderWay:
 
 
 class _Grower:
-    """The tree while it grows."""
+    """The tree while it grows; `roots` are the states where the pieces of the trunk begin."""
 
-    def __init__(self, expert: TokenBytes, trunk: list[list[int]]) -> None:
-        self.expert = expert
+    def __init__(self, trunk: list[list[int]]) -> None:
         self.tokens, self.parent, self.depth = [-1], [-1], [0]
         self.children: dict[tuple[int, int], int] = {}
         self.roots = [0]
@@ -139,73 +202,119 @@ class _Grower:
             node = child
         return node
 
+    def tree(self) -> Tree:
+        return Tree(*(np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, self.depth)), self.n_trunk)
+
 
 def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: str) -> Plan:
     """Plan for a text that both tokenizers read as it is (see `counting.joint_text`)."""
     encoded = base.encode(text)
     data = encoded.data
-    begins = np.concatenate([[0], encoded.ends[:-1]]) if len(encoded) else encoded.ends
-    pieces = list(_pieces(data))
-    grower = _Grower(expert, expert.ids_of([data[a:b].decode() for a, b in pieces]))
-    longest = int(expert.lengths.max(initial=1))
+    begins = np.append(0, encoded.ends)[: len(encoded)]
+    places, which = np.unique(begins, return_inverse=True)
+    byte = np.frombuffer(data, dtype=np.uint8)
+    between = np.append((byte & 0xC0) != 0x80, True)  # characters
+    pieces = _pieces(byte)
     # The end of a piece belongs to it: that the next one begins there is not known from the text before.
-    holder = np.maximum(np.searchsorted([a for a, _ in pieces], begins, side="left") - 1, 0)
-    wanted = [(begins[holder == i] - a).tolist() for i, (a, _) in enumerate(pieces)]
-    tokens = [_tokens_at(data[a:b], places, longest, under_way) for (a, b), places in zip(pieces, wanted, strict=True)]
-    encodings = under_way.encodings([begin for found in tokens for begins_ in found for begin, _ in begins_])
-    complete: list[tuple[int, ...]] = []
-    open_: list[tuple[tuple[int, bytes], ...]] = []
-    for root, found in zip(grower.roots, tokens, strict=False):
-        for held in found:
-            whole, begun = set(), []
-            for begin, token in held:
-                for path in encodings[begin]:
-                    last = path[-1] if path else grower.tokens[root]
-                    if not token:
-                        whole.add(grower.walk(root, path))
-                    elif len(under_way.after(last, token)[0]):
-                        begun.append((grower.walk(root, path), token))
-                    if token and held[0][1] and token in expert.ids_by_bytes:
-                        whole.add(grower.walk(root, path + [expert.ids_by_bytes[token][0]]))
-            complete.append(tuple(sorted(whole)))
-            open_.append(tuple(begun))
-    tree = Tree(*(np.array(x, dtype=np.int64) for x in (grower.tokens, grower.parent, grower.depth)), grower.n_trunk)
-    return Plan(data, encoded.ids, begins, tree, tuple(complete), tuple(open_))
+    piece = np.maximum(np.searchsorted(pieces, places) - 1, 0)
+    e, p, node = _begun_tokens(byte, pieces, between, places, under_way)
+    inside = ~between[places]
 
+    # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
+    slot_ended, slot_begun = (places + piece)[~inside], e + piece[p]
+    slots = np.unique(np.concatenate([slot_ended, slot_begun]))
+    of = np.searchsorted(pieces + np.arange(len(pieces)), slots, side="right") - 1
+    beginnings = [data[a:b] for a, b in zip(pieces[of].tolist(), (slots - of).tolist(), strict=True)]
+    whole = [data[a:b] for a, b in pairwise([*pieces.tolist(), len(data)])] if data else []
+    known = under_way.encodings(beginnings + whole)
+    grower = _Grower([known[part][0] for part in whole])
+    found = [known[beginning] for beginning in beginnings]
+    path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
+    paths, owner = [path for paths in found for path in paths], np.repeat(of, np.diff(path_start))
+    before = [grower.tokens[root] for root in grower.roots]
+    last = np.array([path[-1] if path else before[i] for path, i in zip(paths, owner.tolist(), strict=True)], dtype=np.int64)
 
-def _tokens_at(piece: bytes, places: list[int], longest: int, under_way: UnderWay) -> list[list[tuple[bytes, bytes]]]:
-    """For each place p the beginnings piece[:e] behind which a token may have begun and piece[e:p], its bytes so far; e = p
-    comes first, if p is between characters."""
-    between = {e for e in range(len(piece) + 1) if e == len(piece) or piece[e] & 0xC0 != 0x80}
-    inside = set(places) - between
-    return [
-        [
-            (piece[:e], piece[e:p])
-            for e in ([] if p in inside else [p]) + [e for e in range(max(0, p - longest), p) if e in between]
-            if e == p or p in inside or under_way.begins(piece[e:p])
+    path_begun, of_begun = ranges(path_start, np.searchsorted(slots, slot_begun))
+    begun = np.flatnonzero(under_way.options(last[path_begun], node[of_begun]) >= 0)
+    path_begun, of_begun = path_begun[begun], of_begun[begun]
+    path_ended, of_ended = ranges(path_start, np.searchsorted(slots, slot_ended))
+    place_ended = np.flatnonzero(~inside)[of_ended]
+    if inside.any():  # a token may also have ended within a character
+        more = [
+            (p[i], path, expert.ids_by_bytes[token][0])
+            for i in np.flatnonzero(inside[p]).tolist()
+            if (token := data[e[i] : places[p[i]]]) in expert.ids_by_bytes
+            for path in range(*path_start[np.searchsorted(slots, slot_begun[i]) + np.arange(2)].tolist())
         ]
-        for p in places
-    ]
+        place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
+        path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
+        owner = np.concatenate([owner, owner[[path for _, path, _ in more]]])
+        paths += [paths[path] + [token] for _, path, token in more]
+
+    state = np.zeros(len(paths), dtype=np.int64)
+    for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
+        state[path] = grower.walk(grower.roots[owner[path]], paths[path])
+    n_states = len(grower.tokens)
+    place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
+    order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))
+    of_begun, path_begun = of_begun[order], path_begun[order]
+    take_ended, of = ranges(np.searchsorted(place_ended, np.arange(len(places) + 1)), which)
+    take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
+    bounds = np.arange(len(which) + 1)
+    return Plan(
+        data=data,
+        base_ids=encoded.ids,
+        previous=np.append(-1, encoded.ids)[: len(encoded)],
+        begins=begins,
+        tree=grower.tree(),
+        ended=ended[take_ended],
+        ended_start=np.searchsorted(of, bounds),
+        begun=state[path_begun][take_begun],
+        begun_start=np.searchsorted(of_, bounds),
+        so_far=node[of_begun][take_begun],
+        sizes=(places[p] - e)[of_begun][take_begun],
+    )
+
+
+def _begun_tokens(
+    byte: np.ndarray, pieces: np.ndarray, between: np.ndarray, places: np.ndarray, under_way: UnderWay
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(e, p, node): bytes e between characters behind which a token may have begun that is under way at places[p], in the
+    same piece; node of the bytes in between. Within a character also tokens that end there."""
+    prefixes = under_way.leaves.prefixes
+    number = np.full(len(byte) + 1, -1)
+    number[places] = np.arange(len(places))
+    e = np.flatnonzero(between[:-1])
+    end = np.append(pieces[1:], len(byte))[np.searchsorted(pieces, e, side="right") - 1]
+    at, node, found = e, np.zeros_like(e), []
+    while len(e):
+        node = np.where(at < end, prefixes.child(node, byte[np.minimum(at, len(byte) - 1)]), -1)
+        goes_on = node >= 0
+        e, end, at, node = e[goes_on], end[goes_on], at[goes_on] + 1, node[goes_on]
+        wanted = number[at] >= 0
+        found.append((e[wanted], number[at[wanted]], node[wanted]))
+    e, p, node = (
+        (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*found, strict=True)) if found else [e] * 3
+    )
+    kept = (prefixes.low[node] < prefixes.high[node]) | ~between[places[p]]
+    return e[kept], p[kept], node[kept]
 
 
 def identity_plan(tokens: TokenBytes, text: str) -> Plan:
     """The plan of a bridge between a tokenizer and itself: one state per token."""
     encoded = tokens.encode(text)
     n = len(encoded)
-    chain = np.arange(-1, n, dtype=np.int64)
-    tree = Tree(np.concatenate([[-1], encoded.ids]), chain, chain + 1, n)
-    begins = np.concatenate([[0], encoded.ends[:-1]]) if n else encoded.ends
-    return Plan(encoded.data, encoded.ids, begins, tree, tuple((i,) for i in range(n)), ((),) * n)
+    chain, none = np.arange(-1, n, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    tree = Tree(np.append(-1, encoded.ids), chain, chain + 1, n)
+    begins, previous = np.append(0, encoded.ends)[:n], np.append(-1, encoded.ids)[:n]
+    states, nowhere = np.arange(n + 1), np.zeros(n + 1, dtype=np.int64)
+    return Plan(encoded.data, encoded.ids, previous, begins, tree, states[:n], states, none, nowhere, none, none)
 
 
-def _pieces(data: bytes) -> Iterator[tuple[int, int]]:
-    begin = 0
-    for place in range(1, len(data)):
-        if data[place] == 0x20 and data[place - 1] not in WHITE:
-            yield begin, place
-            begin = place
-    if data:
-        yield begin, len(data)
+def _pieces(byte: np.ndarray) -> np.ndarray:
+    """Where pieces begin."""
+    begins = (byte[1:] == 0x20) & ~np.isin(byte[:-1], WHITE)
+    return np.append(0, 1 + np.flatnonzero(begins))
 
 
 def first_piece(data: bytes) -> bytes:

@@ -22,6 +22,7 @@ from chassis.text.token_bytes import TokenBytes
 JOINED, SPLIT, BROKEN = 0, 1, 2  # one pre-token; two, between the tokens; a split inside one of the tokens
 APOSTROPHES = "'’"
 CONTRACTED = ("s", "t", "re", "ve", "m", "ll", "d")
+LEFTS = 128
 SHORT = re.compile(r"[a-zA-Z0-9\s]*", re.ASCII)
 HEAD = re.compile(r"[a-zA-ZÀ-ɏ]{0,3}")
 RUNS = re.compile(r"(a|A)\1{3,}")
@@ -55,8 +56,13 @@ class PreTokens:
 
     @cached_property
     def _probes(self) -> list[str]:
-        """What tells apart the tokens before it: single characters, and up to three letters, digits and spaces of ASCII."""
-        return [m for m in self._members if len(m) == 1 or len(m) <= 3 and SHORT.fullmatch(m)]
+        """What tells apart the tokens before it: single characters, and up to three letters, digits and spaces of ASCII; of
+        those that behave alike behind LEFTS of themselves one."""
+        short = [m for m in self._members if len(m) == 1 or len(m) <= 3 and SHORT.fullmatch(m)]
+        lefts = sorted(short, key=lambda m: not m.isascii())[:LEFTS]
+        behave = np.array([self._outcomes(left, short)[: len(FOLLOWING)] for left in lefts])
+        _, first = np.unique(behave.reshape(-1, len(short)), axis=1, return_index=True)
+        return [short[i] for i in np.sort(first).tolist()]
 
     @cached_property
     def _heads(self) -> tuple[np.ndarray, list[str]]:
