@@ -7,6 +7,7 @@ Generalised cross-validation (Golub, Heath & Wahba 1979), with dof(α) = Σ s/(s
     GCV_j(α) = (RSS_j / n) / (1 − (1 + dof) / n)²
 
 Held-out rows enter through their moments S', C', q' about the fitted rows' means: q' − 2 Σ Z ∘ VᵀC' + Σ Z ∘ (VᵀS'V) Z.
+Summed over all targets either costs next to nothing for each α.
 """
 
 from __future__ import annotations
@@ -62,16 +63,19 @@ class Eigenbasis:
         """Σ s / (s + α), [A]."""
         return self.spectrum.scales(penalties)[0] @ self.spectrum.values.clamp_min(0)
 
-    def gcv(self, penalties: Tensor) -> Tensor:
-        """GCV_j(α), [A, T]; infinite where as many degrees of freedom as rows are used."""
+    def gcv(self, penalties: Tensor, per_target: bool = True) -> Tensor:
+        """GCV_j(α), [A, T], or their sum, [A, 1]; infinite where as many degrees of freedom as rows are used."""
+        squares, q = self.R.square(), self.q
+        if not per_target:
+            squares, q = squares.sum(1, keepdim=True), q.sum(0, keepdim=True)
         scales, values = self.spectrum.scales(penalties)[0], self.spectrum.values.clamp_min(0)
-        residual = (self.q - (scales * (2 - values * scales)) @ self.R.square()).clamp_min(0)
+        residual = (q - (scales * (2 - values * scales)) @ squares).clamp_min(0)
         left = 1 - (scales @ values + self.intercept) / self.count
         return torch.where(left > 1e-9, 1 / left.square(), torch.inf)[:, None] * residual / self.count
 
-    def held_out(self, penalties: Tensor, rows: Rows | Moments) -> Tensor:
-        """Σ of the squared errors of rows that were not fitted, [A, T]."""
-        V = self.spectrum.vectors
+    def held_out(self, penalties: Tensor, rows: Rows | Moments, per_target: bool = True) -> Tensor:
+        """Σ of the squared errors of rows that were not fitted, [A, T], or over all targets, [A, 1]."""
+        V, R, scales = self.spectrum.vectors, self.R, self.spectrum.scales(penalties)[0]
         if isinstance(rows, Rows):
             x, y, *_ = rows.about(means=(self.mean_x, self.mean_y))
             z = x @ V
@@ -79,11 +83,13 @@ class Eigenbasis:
         else:
             S, C, q = _about(rows, self.mean_x, self.mean_y)
             P, B = V.T @ S @ V, V.T @ C
-        errors = []
-        for scale in self.spectrum.scales(penalties)[0]:
-            Z = scale[:, None] * self.R
-            errors.append(q + (Z * (P @ Z - 2 * B)).sum(0))
-        return torch.stack(errors).clamp_min(0)
+        if per_target:
+            Zs = (scale[:, None] * R for scale in scales)
+            errors = torch.stack([q + (Z * (P @ Z - 2 * B)).sum(0) for Z in Zs])
+        else:  # Σ_j z_jᵀ P z_j = σᵀ (P ∘ RRᵀ) σ with σ = 1/(s + α)
+            quadratic = (scales @ (P * (R @ R.T)) * scales).sum(1)
+            errors = (q.sum() - 2 * scales @ (R * B).sum(1) + quadratic)[:, None]
+        return errors.clamp_min(0)
 
     def coefficients(self, penalties: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """W [D, T], b [T] and the penalties used, for one penalty [] or one per target [T]; warns like `Spectrum.scale`."""

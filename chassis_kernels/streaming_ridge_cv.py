@@ -23,7 +23,7 @@ class _Solution:
     b: Tensor  # [T]
     alpha: Tensor  # [] or [T], absolute
     best: Tensor  # [] or [T], index into the alphas
-    errors: Tensor  # [A, T]
+    errors: Tensor  # [A], mean over the targets, or [A, T]
     dof: Tensor  # [A]
 
 
@@ -34,7 +34,8 @@ class StreamingRidgeCV(Regressor):
     rows without are judged by generalised cross-validation, which costs one eigendecomposition for all alphas and targets.
     Equal errors: the larger alpha. alpha_scale="trace" makes an alpha relative to tr(S)/D of the rows it is fitted on.
 
-    `cv_results_`: "alphas" [A], "mean_squared_error" [A, T] and "degrees_of_freedom" [A] on all rows, numpy.
+    `cv_results_`: "alphas" [A], "mean_squared_error" [A], with alpha_per_target [A, T], and "degrees_of_freedom" [A] on all
+    rows, numpy.
     Memory: n_folds · D·(D+T) float64 with groups, else D·(D+T). Warnings and errors as for `ridge.solve`.
     """
 
@@ -68,7 +69,7 @@ class StreamingRidgeCV(Regressor):
         solution = self._solved()
         if self.alpha_per_target:
             return solution.errors.gather(0, solution.best[None])[0].cpu().numpy()
-        return float(solution.errors[solution.best].mean())
+        return float(solution.errors[solution.best])
 
     @property
     def cv_results_(self) -> dict[str, Any]:
@@ -109,13 +110,14 @@ class StreamingRidgeCV(Regressor):
         whole = Eigenbasis.of(everything, self.fit_intercept)
         penalties = whole.absolute(self.alphas, self.alpha_scale)
         if self._statistics.n_folds == 1:
-            errors = whole.gcv(penalties)
+            errors = whole.gcv(penalties, self.alpha_per_target)
         else:
             errors = self._held_out(self._statistics, everything) / whole.count
         alphas = torch.as_tensor(self.alphas, dtype=torch.float64, device=errors.device)
         judged, variance = errors, whole.q / whole.count
         if not self.alpha_per_target:
-            judged, variance = judged.sum(1), variance.sum()
+            judged, variance = errors[:, 0], variance.sum()
+            errors = judged / len(whole.q)
             if targets is not None:
                 both = torch.cat([judged, variance[None]])
                 torch.distributed.all_reduce(both, group=targets)
@@ -135,7 +137,8 @@ class StreamingRidgeCV(Regressor):
         total = 0
         for fold in filled:
             fitted = Eigenbasis.of(statistics.without(fold, everything), self.fit_intercept)
-            total = total + fitted.held_out(fitted.absolute(self.alphas, self.alpha_scale), parts[fold])
+            penalties = fitted.absolute(self.alphas, self.alpha_scale)
+            total = total + fitted.held_out(penalties, parts[fold], self.alpha_per_target)
         return total
 
     def _shown(self, values: Tensor) -> Any:

@@ -30,7 +30,7 @@ def problem(n=200, d=12, t=4):
 
 def test_gcv_is_scikit_learns_leave_one_out_choice_in_its_own_formula():
     x, y = problem()
-    ours = StreamingRidgeCV(ALPHAS, alpha_scale="none").fit(x, y)
+    ours, each = (StreamingRidgeCV(ALPHAS, "none", alpha_per_target=own).fit(x, y) for own in (False, True))
     theirs = RidgeCV(ALPHAS).fit(x.numpy(), y.numpy())
     assert ours.alpha_ == theirs.alpha_
     np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-8)
@@ -41,7 +41,8 @@ def test_gcv_is_scikit_learns_leave_one_out_choice_in_its_own_formula():
         dof = float(torch.linalg.solve(shifted, centred.T @ centred).trace())
         rss = (y - torch.as_tensor(Ridge(alpha).fit(x.numpy(), y.numpy()).predict(x.numpy()))).square().sum(0)
         expected = (rss / n) / (1 - (1 + dof) / n) ** 2
-        np.testing.assert_allclose(ours.cv_results_["mean_squared_error"][row], expected, rtol=1e-9)
+        np.testing.assert_allclose(each.cv_results_["mean_squared_error"][row], expected, rtol=1e-9)
+        np.testing.assert_allclose(ours.cv_results_["mean_squared_error"][row], expected.mean(), rtol=1e-9)
         assert ours.cv_results_["degrees_of_freedom"][row] == pytest.approx(dof)
 
 
@@ -53,14 +54,17 @@ def test_errors_by_group_are_those_of_refitting_without_each_fold(n, intercept, 
     x, y = problem(n, d)
     groups = torch.arange(n) // 2
     fold = fold_of(groups, 3)
-    fitted = StreamingRidgeCV(ALPHAS, alpha_scale, intercept, n_folds=3).fit(x, y, groups=groups)
+    fitted, each = (
+        StreamingRidgeCV(ALPHAS, alpha_scale, intercept, own, n_folds=3).fit(x, y, groups=groups) for own in (False, True)
+    )
     errors = torch.zeros(len(ALPHAS), 4, dtype=torch.float64)
     for k in fold.unique():  # no group of 24 rows falls into fold 0
         out = fold == k
         for row, alpha in enumerate(ALPHAS):
             single = StreamingRidge(alpha, alpha_scale, intercept).fit(x[~out], y[~out])
             errors[row] += (single.predict(x[out]) - y[out]).square().sum(0)
-    np.testing.assert_allclose(fitted.cv_results_["mean_squared_error"], errors / n, rtol=1e-6)
+    np.testing.assert_allclose(each.cv_results_["mean_squared_error"], errors / n, rtol=1e-6)
+    np.testing.assert_allclose(fitted.cv_results_["mean_squared_error"], errors.mean(1) / n, rtol=1e-6)
     best = int(errors.sum(1).argmin())
     assert fitted.alpha_ == ALPHAS[best]
     assert fitted.best_score_ == pytest.approx(float(errors[best].mean()) / n)
