@@ -72,7 +72,8 @@ def once_each(function: Callable, tensors: Sequence[Tensor | None]) -> list:
 
 def not_finite(rows: Tensor) -> Tensor:
     """[N] bool: rows holding NaN or infinity. Sums are cheap and miss none; only where they overflow every value is read."""
-    bad = ~rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32).isfinite()
+    # Asked for another dtype torch would convert all rows first; float16 alone has too small a range for its sums.
+    bad = ~rows.sum(1, dtype=torch.float32 if rows.dtype == torch.float16 else None).isfinite()
     if bad.any():
         bad[bad.clone()] = ~rows[bad].isfinite().all(1)
     return bad
