@@ -17,6 +17,7 @@ from chassis.fit import Base, FitOptions, fit
 from chassis.merge import merge
 from chassis.models import load_causal_lm
 from chassis.text.corpus import load_documents
+from safetensors.torch import load_file, save_file
 from support import documents, pair
 from typer.testing import CliRunner
 
@@ -200,7 +201,10 @@ def test_doctor_lists_every_op_and_is_strict_when_asked(monkeypatch):
     assert findings["environment"]["torch"] == torch.__version__ and chassis("doctor").exit_code == 0
     monkeypatch.setattr("chassis.doctor.examine", lambda: findings | {"hints": ["something is missing"]})
     assert chassis("doctor").exit_code == 0 and chassis("doctor", "--strict").exit_code == 1
-    assert "something is missing" in chassis("doctor").stdout
+    shown = chassis("doctor").stdout
+    assert "something is missing" in shown
+    table = shown[shown.index("Ops by backend") :].splitlines()
+    assert {op for op, _ in pairs} <= {line.split()[0] for line in table if line.strip()}
 
 
 def test_bench_times_what_it_has_checked(monkeypatch):
@@ -248,7 +252,21 @@ BAD = {
     "dtype": (["--dtype", "int8"], "dtype 'int8'"),
     "device": (["--device", "nowhere"], "device 'nowhere'"),
     "bias expert": (["--expert", "bias:the"], "expected bias:"),
+    "batch size": (["--batch-size", "0"], "Invalid value"),
+    "tokens": (["--max-tokens", "0"], "Invalid value"),
+    "a model's folder": (["-o", "{work}/base"], "config.json of something else"),
+    "truncated weights": (["--base", "{tmp}/truncated"], "damaged or truncated weights"),
+    "NaN in the weights": (["--base", "{tmp}/nan"], "its logits are NaN or infinite"),
 }
+
+
+def put_nan(path):
+    tensors = load_file(path)
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+damage = {"truncated": lambda path: os.truncate(path, path.stat().st_size // 2), "nan": put_nan}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -256,6 +274,9 @@ def test_bad_input_is_named(work, tmp_path, case):
     changes, message = BAD[case]
     (tmp_path / "empty.txt").write_text("")
     changes = [value.format(tmp=tmp_path, work=work) for value in changes]
+    for name in ("truncated", "nan"):
+        if str(tmp_path / name) in changes:
+            damage[name](shutil.copytree(work / "base", tmp_path / name) / "model.safetensors")
     given = dict(zip((*models(work), *text(work))[::2], (*models(work), *text(work))[1::2], strict=True))
     given |= {"-o": tmp_path / "out"} | dict(zip(changes[::2], changes[1::2], strict=True))
     result = chassis("fit", *(part for pair in given.items() for part in pair), "--window", "48")
@@ -285,6 +306,46 @@ def test_adapter_of_another_base_is_refused(work, tmp_path):
     for options in (["--adapter", tmp_path], ["--adapter", work / "out", "--temperature", "0"]):
         assert chassis("generate", "--prompt", "a", *options).exit_code == 2
     assert chassis("export", "--adapter", work / "out", "--format", "onnx", "-o", tmp_path / "x").exit_code == 2
+
+
+def test_an_adapter_of_nan_is_refused(work, tmp_path):
+    put_nan(shutil.copytree(work / "out", tmp_path / "out") / "adapter.safetensors")
+    for command in (("eval", "--data", work / "test.jsonl", "--expert", work / "expert"), ("generate", "--prompt", "a")):
+        result = chassis(*command, "--adapter", tmp_path / "out")
+        assert result.exit_code == 2 and "NaN" in result.stderr
+
+
+def test_what_is_not_ours_is_not_written_over(work, tmp_path):
+    assert chassis("lens", "fit", "--base", work / "base", *text(work)[:2], "-o", tmp_path / "lens").exit_code == 0
+    assert (
+        chassis("lens", "export", "--lens", tmp_path / "lens", "--format", "tuned-lens", "-o", tmp_path / "tuned").exit_code
+        == 0
+    )
+    assert chassis("export", "--adapter", work / "out", "-o", tmp_path / "lora").exit_code == 0
+    model = shutil.copytree(work / "base", tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for command in (
+        ("lens", "fit", "--base", work / "base", *text(work)[:2]),
+        ("lens", "import", "--from", tmp_path / "tuned", "--format", "tuned-lens"),
+        ("lens", "export", "--lens", tmp_path / "lens", "--format", "tuned-lens"),
+        ("import", "--peft", tmp_path / "lora", "--base", work / "base"),
+    ):
+        result = chassis(*command, "-o", model)
+        assert result.exit_code == 2 and "config.json of something else" in result.stderr, command
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert (
+        chassis("lens", "fit", "--base", work / "base", *text(work)[:2], "-o", tmp_path / "lens").exit_code == 0
+    )  # its own
+
+
+def test_an_adapter_finds_its_base_from_anywhere(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(work)
+    fitted = chassis("fit", "--base", "base", "--expert", "expert", *text(work), *FIT, "--no-refine", "-o", tmp_path / "out")
+    assert fitted.exit_code == 0, fitted.output
+    monkeypatch.chdir(tmp_path)
+    spoken = chassis("generate", "--adapter", "out", "--prompt", "the quick", "--max-new-tokens", "2")
+    shown = chassis("lens", "show", "--lens", "out", "--text", "the quick")
+    assert spoken.exit_code == shown.exit_code == 0, spoken.output + shown.output
 
 
 def test_an_unreachable_hub_is_said_so(work, tmp_path):

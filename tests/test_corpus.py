@@ -115,7 +115,7 @@ def test_missing_path_is_told_at_once(tmp_path):
         ("a.txt", b" \n\t", "no documents in .*a.txt: 1 were blank"),
         ("a.txt", b"good \xe9vil", "byte 0xe9 at offset 5 is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON \(Expecting value at column 9\)"),
         ("a.jsonl", b'{"body": "x", "n": 1}\n', "no text column 'text'; the columns present are 'body', 'n'"),
         ("a.jsonl", b'["x"]\n', "the columns present are none"),
         ("a.jsonl", b'{"text": 5}\n', "holds int, expected a string"),

@@ -184,5 +184,7 @@ def test_the_commands_fit_show_and_exchange_a_lens(base, tmp_path):
         in run("import", "--from", tmp_path, "--format", "x", "-o", tmp_path, code=2).stderr
     )
     assert "give --lens" in run("show", "--text", TEXT, code=2).stderr
+    run("import", "--from", tmp_path / "jacobian", "--format", "jacobian", "-o", tmp_path / "unnamed")
+    assert "which model it is of" in run("show", "--lens", tmp_path / "unnamed", "--text", TEXT, code=2).stderr
     alone = json.loads(run("show", "--base", tmp_path / "base", "--text", TEXT, "--json", "--max-tokens", 3).stdout)
     assert alone["lens"] == "logit lens" and len(alone["tokens"]) == 3

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from chassis.errors import ChassisError
-from chassis.files import write_folder
+from chassis.files import ensure_config_is, write_folder
 
 FORMAT = "chassis-adapter-1"
 FILES = ("adapter.safetensors", "config.json")
@@ -165,10 +165,11 @@ class Adapter:
             )
 
     def save(self, folder: str | Path) -> Path:
-        """Write adapter.safetensors and config.json; both or, if the disk fails, neither."""
+        """Write adapter.safetensors and config.json; both or, if the disk fails, neither. Raises ChassisError where
+        `folder` holds the config.json of something else."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
         config = json.dumps(dataclasses.asdict(self.config), indent=2)
-        return write_folder(folder, {FILES[0]: tensors, FILES[1]: config})
+        return write_folder(ensure_config_is(folder, "format", FORMAT), {FILES[0]: tensors, FILES[1]: config})
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:

@@ -79,8 +79,9 @@ def export_peft(adapter: Adapter, head: Head, folder: str | Path, *, bias: str =
 def import_peft(folder: str | Path, head: Head, *, base: str = "", vocabulary_hash: str = "") -> Adapter:
     """The adapter in a PEFT LoRA folder whose only target is the output head of this base.
 
-    `base` and `vocabulary_hash` go into its config. Such an adapter does not say which direction is constant: its bias, if
-    it has one, cannot be folded. Raises ChassisError for other targets and kinds of LoRA, naming them, and other shapes.
+    `base`, what the model is called, and `vocabulary_hash` go into its config. Such an adapter does not say which direction
+    is constant: its bias, if it has one, cannot be folded. Raises ChassisError for other targets and kinds of LoRA, naming
+    them, and other shapes.
     """
     folder = Path(folder)
     try:
@@ -103,6 +104,11 @@ def import_peft(folder: str | Path, head: Head, *, base: str = "", vocabulary_ha
     scaling = config["lora_alpha"] / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
     bias = tensors.get(f"{name}.lora_B.bias")
     zeros = torch.zeros(down.shape[1])
+    if (len(up), down.shape[1]) != (head.vocab_size, head.width):
+        raise ChassisError(
+            f"{folder} is for an output head [{len(up)}, {down.shape[1]}], and {base or 'this base'} has "
+            f"[{head.vocab_size}, {head.width}]: give the base it was trained on"
+        )
     adapter = Adapter(
         U=down.T.contiguous(),
         V=(scaling * up.T).contiguous(),
@@ -111,7 +117,6 @@ def import_peft(folder: str | Path, head: Head, *, base: str = "", vocabulary_ha
         constant=zeros.clone(),
         config=AdapterConfig(base=base or config.get("base_model_name_or_path") or "", vocabulary_hash=vocabulary_hash),
     )
-    adapter.check_base(width=head.width, vocab_size=head.vocab_size)
     adapter.check_finite()
     return adapter
 

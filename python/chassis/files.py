@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from chassis.errors import ChassisError
+
+CONFIG = "config.json"
 
 
 def write_file(
@@ -65,4 +68,19 @@ def ensure_writable(folder: str | Path) -> Path:
             pass
     except OSError as error:
         raise ChassisError(f"cannot write to {folder}: {error.strerror or error}; choose another output folder") from error
+    return folder
+
+
+def ensure_config_is(folder: str | Path, key: str, value: str | None = None) -> Path:
+    """`ensure_writable`, for who writes a config.json: raises ChassisError too if the one that `folder` holds lacks `key`,
+    or has another `value` there. It belongs to a model then, or to something else that would be lost."""
+    folder = ensure_writable(folder)
+    try:
+        found = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        return folder
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or key not in found or value not in (None, found[key]):
+        raise ChassisError(f"{folder} holds the {CONFIG} of something else, a model perhaps: choose another output folder")
     return folder

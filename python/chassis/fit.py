@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from chassis.adapter import Adapter, AdapterConfig
+from chassis.adapter import FORMAT, Adapter, AdapterConfig
 from chassis.checkpoint import Checkpoint
 from chassis.closed_form import ClosedForm, closed_form
 from chassis.errors import ChassisError
 from chassis.experts import Expert, Readout
-from chassis.files import ensure_writable
+from chassis.files import ensure_config_is, ensure_writable
 from chassis.lens import Lens, LensConfig, fit_lens
-from chassis.models import Head, inspect_head, vocabulary_hash
+from chassis.models import Head, inspect_head, located, vocabulary_hash
 from chassis.newton import ProbabilityStatistics, newton_closed_form
 from chassis.probes import Probe, Rows, Window, check_disjoint, fingerprint, make_windows, save_keys
 from chassis.refine import Refinement, refine
@@ -128,7 +128,7 @@ def fit(
     layers = options.check(base.head)
     _check_expert(base, expert)
     if out is not None:
-        ensure_writable(out)
+        ensure_config_is(out, "format", FORMAT)
     windows = _windows(base, expert, documents, options)
     layers = () if expert.log_probs else layers
     probe = Probe(base.model, expert, layers, options.positions, options.batch_size)
@@ -137,7 +137,8 @@ def fit(
     statistics = collect(probe, base.readout, windows["fit"], checkpoint, report)
     clock.mark("statistics")
     closed = _closed_form(statistics, probe, windows, options)
-    lens = fit_lens(closed.statistics, options.alpha, LensConfig(base.name, expert.name, base.vocabulary_hash))
+    names = located(base.name), located(expert.name)
+    lens = fit_lens(closed.statistics, options.alpha, LensConfig(*names, base.vocabulary_hash))
     ranks = sorted({options.rank, *options.ranks})
     adapters = {("closed form", rank): closed.adapter(rank, options.columns) for rank in ranks}
     clock.mark("closed_form")
@@ -145,8 +146,8 @@ def fit(
     adapters |= {("refined", rank): refinement.adapter for rank, refinement in refinements.items()}
     clock.mark("refine")
     config = AdapterConfig(
-        base=base.name,
-        expert=expert.name,
+        base=names[0],
+        expert=names[1],
         vocabulary_hash=base.vocabulary_hash,
         width=base.head.width,
         vocab_size=base.head.vocab_size,

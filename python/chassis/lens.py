@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from chassis.errors import ChassisError
-from chassis.files import write_folder
+from chassis.files import ensure_config_is, write_folder
 from chassis.models import capture, inspect_head
 from chassis.probes import Window, pad
 from chassis.statistics import Statistics
@@ -60,12 +60,26 @@ class Lens:
             raise ChassisError(f"states of width {states.shape[-1]} for a lens of width {weight.shape[0]}")
         return states.float() @ weight + bias
 
+    def check_base(self, *, width: int, vocabulary_hash: str = "") -> None:
+        """Raise ChassisError unless this lens was fitted on a model of this width and vocabulary."""
+        name, theirs = self.config.base or "another model", self.config.vocabulary_hash
+        widths = {weight.shape[0] for weight, _ in self.maps.values()}
+        if widths != {width}:
+            raise ChassisError(f"the lens reads states of width {sorted(widths)}, this model has {width}: it is of {name}")
+        if vocabulary_hash and theirs and vocabulary_hash != theirs:
+            raise ChassisError(
+                f"the lens is of {name}, whose tokens have other ids than this model's: use the lens with that"
+            )
+
     def save(self, folder: str | Path) -> Path:
-        """Write lens.safetensors (`<layer>.weight` [D, E], `<layer>.bias` [E]) and config.json."""
+        """Write lens.safetensors (`<layer>.weight` [D, E], `<layer>.bias` [E]) and config.json; raises ChassisError where
+        `folder` holds the config.json of something else."""
         tensors = {}
         for layer, (weight, bias) in self.maps.items():
             tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = weight.cpu().contiguous(), bias.cpu().contiguous()
-        return write_folder(folder, {"lens.safetensors": tensors, "config.json": json.dumps(asdict(self.config), indent=2)})
+        config = json.dumps(asdict(self.config), indent=2)
+        folder = ensure_config_is(folder, "format", FORMAT)
+        return write_folder(folder, {"lens.safetensors": tensors, "config.json": config})
 
     @classmethod
     def load(cls, folder: str | Path) -> Lens:

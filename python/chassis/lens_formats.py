@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from chassis.errors import ChassisError
-from chassis.files import write_file, write_folder
+from chassis.files import ensure_config_is, write_file, write_folder
 from chassis.lens import Lens, LensConfig
 
 TUNED, JACOBIAN = "tuned-lens", "jacobian"
@@ -43,6 +43,7 @@ def export_tuned(lens: Lens, folder: str | Path) -> list[str]:
         "unembed_hash": None,
         "lens_type": "linear_tuned_lens",
     }
+    folder = ensure_config_is(folder, "lens_type")
     write_folder(folder, {"params.pt": _bytes(state), "config.json": json.dumps(config, indent=2)})
     return []
 

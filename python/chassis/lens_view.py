@@ -37,6 +37,8 @@ def view(base: Base, text: str, lens: Lens | None = None, expert=None, *, max_to
     layers = range(base.head.n_layers) if lens is None else [layer for layer in lens.layers if layer != FINAL]
     if unknown := [layer for layer in layers if layer > base.head.n_layers]:
         raise ChassisError(f"the lens has layers {unknown}, {base.name} only 0..{base.head.n_layers}: it is another model's")
+    if lens is not None:
+        lens.check_base(width=base.head.width, vocabulary_hash=base.vocabulary_hash)
     captured = capture(base.model, ids, layers=tuple(layers))
     to_expert = lens is not None and lens.config.target == "final"
     if to_expert and expert is None:

@@ -52,6 +52,7 @@ def build(
     from chassis.bridge.projection_file import notices
     from chassis.bridge.report import coverage_table
     from chassis.cli.loading import quiet
+    from chassis.files import ensure_writable
     from chassis.page import Row, Table
     from chassis.text.corpus import load_documents
 
@@ -59,6 +60,7 @@ def build(
         raise ChassisError(f"method {method} needs text to count on: give --data, or --method canonical (projection)")
     if out.suffix != ".safetensors":
         raise ChassisError(f"--out {out}: bridges and projections are .safetensors files; a heat map, .png, goes beside")
+    ensure_writable(out.parent)
     quiet()
     documents = load_documents(data, text_column=text_column, split=hub_split, limit=max_documents) if data else ()
     texts = (d.text for d in documents)

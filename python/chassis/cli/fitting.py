@@ -132,13 +132,14 @@ def _show_port(terminal: Terminal, results: dict, out: Path) -> None:
 
 
 def _fit(terminal, base, expert, bridge, sources, settings, limits, dtype, device, out) -> dict:
+    from chassis.adapter import FORMAT
     from chassis.cli import loading
-    from chassis.files import ensure_writable
+    from chassis.files import ensure_config_is
     from chassis.fit import FitOptions
     from chassis.fit import fit as run
     from chassis.results import measure, summarise
 
-    ensure_writable(out)
+    ensure_config_is(out, "format", FORMAT)
     settings["layers"] = loading.parse_layers(settings["layers"])
     names = ("max_windows", "max_test_windows")
     settings |= {name: max(1, n // settings["window"]) for name, n in zip(names, limits, strict=True) if n is not None}

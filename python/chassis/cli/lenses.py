@@ -25,7 +25,9 @@ def show(
     terminal: Terminal,
     text: Annotated[str, typer.Option("--text", help="What the model reads.")],
     lens: LensFolder = None,
-    base: options.FittedBase = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model; by default the one the lens is of.", show_default=False)
+    ] = None,
     expert: Annotated[
         str | None, typer.Option("--expert", help="By default the one the lens was fitted to.", show_default=False)
     ] = None,
@@ -39,13 +41,20 @@ def show(
     Without --lens, the logit lens of --base: each layer as it is through final norm and unembedding.
     """
     from chassis.cli import loading
+    from chassis.files import ensure_writable
     from chassis.lens import Lens
     from chassis.lens_view import print_view, view, write_view
 
     if lens is None and base is None:
         raise ChassisError("give --lens, a folder that a fit wrote, or --base, a model to read with the logit lens")
     found = None if lens is None else Lens.load(_folder(lens))
+    if not (base or found.config.base):
+        raise ChassisError(f"{lens} does not say which model it is of: give --base")
+    if out is not None:
+        ensure_writable(out)
     loaded = loading.load_base(base or found.config.base, dtype, device)
+    if found is not None:
+        found.check_base(width=loaded.head.width, vocabulary_hash=loaded.vocabulary_hash)
     teacher = None
     if found is not None and found.config.target == "final":
         teacher = loading.load_expert(expert or found.config.expert, loaded, dtype, device)
@@ -59,29 +68,30 @@ def show(
 @command(lenses, "fit")
 def fit(
     terminal: Terminal,
-    base: options.Base,
+    base: options.Model,
     data: options.Data,
-    out: options.NewFolder,
+    out: options.Folder,
     text_column: options.TextColumn = "text",
     hub_split: options.HubSplit = "train",
     alpha: options.Alpha = 1e-4,
     window: options.Window = 128,
     batch_size: options.BatchSize = 16,
-    max_tokens: options.MaxTokens = None,
+    max_tokens: options.ReadTokens = None,
     dtype: options.DType = None,
     device: options.Device = "cpu",
 ) -> dict:
     """Fit a lens from every layer of a model onto its own last, in one pass: a tuned lens in closed form."""
     from chassis.cli import loading
-    from chassis.files import ensure_writable
-    from chassis.lens import LensConfig, fit_self_lens
+    from chassis.files import ensure_config_is
+    from chassis.lens import FORMAT, LensConfig, fit_self_lens
+    from chassis.models import located
     from chassis.probes import make_windows
 
-    ensure_writable(out)
+    ensure_config_is(out, "format", FORMAT)
     documents = loading.read_all(data, text_column=text_column, split=hub_split, max_tokens=max_tokens)
     loaded = loading.load_base(base, dtype, device)
     windows = make_windows(documents, loaded.tokenizer, length=window)[: max_tokens and max(1, max_tokens // window)]
-    config = LensConfig(base, base, loaded.vocabulary_hash)
+    config = LensConfig(located(base), located(base), loaded.vocabulary_hash)
     with terminal.progress() as report:
         lens = fit_self_lens(loaded.model, windows, alpha, config, batch_size=batch_size,
                              progress=lambda done: report("lens", done, len(windows)))  # fmt: skip
@@ -95,7 +105,7 @@ def export(
     terminal: Terminal,
     lens: Annotated[Path, typer.Option("--lens", help="Folder that `chassis lens fit` wrote.")],
     form: Format,
-    out: options.NewFolder,
+    out: options.Folder,
 ) -> dict:
     """Write a lens in the layout of the tuned-lens or the Jacobian lens library."""
     from chassis import lens_formats
@@ -114,15 +124,16 @@ def import_(
     terminal: Terminal,
     source: Annotated[Path, typer.Option("--from", help="Folder or file that the other library wrote.")],
     form: Format,
-    out: options.NewFolder,
-    base: Annotated[str, typer.Option("--base", help="The model it belongs to, where the file does not say.")] = "",
+    out: options.Folder,
+    base: Annotated[str, typer.Option("--base", help="The model it is of, where the file does not say.")] = "",
 ) -> dict:
     """Read a tuned lens or a Jacobian lens."""
     from chassis import lens_formats
+    from chassis.models import located
 
     read = {lens_formats.TUNED: lens_formats.import_tuned, lens_formats.JACOBIAN: lens_formats.import_jacobian}
     lens = _of(read, form)(source)
-    lens.config.base = lens.config.expert = base or lens.config.base
+    lens.config.base = lens.config.expert = located(base or lens.config.base)
     lens.save(out)
     terminal.console.print(f"written to {out}", markup=False, highlight=False)
     return {"out": str(out), "layers": lens.layers}

@@ -81,6 +81,7 @@ def adapter_and_base(folder: Path, base: str | None, dtype: str | None, device: 
     adapters, loaded = adapters_and_base({"": folder}, base, dtype, device)
     adapter = adapters[""]
     adapter.check_base(width=loaded.head.width, vocab_size=loaded.head.vocab_size, vocabulary_hash=loaded.vocabulary_hash)
+    adapter.check_finite()
     return adapter, loaded
 
 

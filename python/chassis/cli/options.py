@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 Base = Annotated[str, typer.Option("--base", help="The model that is adapted: a folder or a hub name.")]
+Model = Annotated[str, typer.Option("--base", help="The model: a folder or a hub name.")]
 FittedBase = Annotated[
     str | None, typer.Option("--base", help="The base; by default the one the adapter was fitted on.", show_default=False)
 ]
@@ -45,19 +46,25 @@ Columns = Annotated[
 Alpha = Annotated[float, typer.Option("--alpha", help="Ridge, relative to the mean eigenvalue of the Gram matrix.")]
 Layers = Annotated[str, typer.Option("--layers", help="Layers to fit a lens for: all, none or 0,4,8.")]
 Positions = Annotated[str, typer.Option("--positions", help="Tokens to fit on: all, or the last of each window.")]
-Window = Annotated[int, typer.Option("--window", help="Tokens a model sees at a time.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Windows in a forward pass.")]
+Window = Annotated[int, typer.Option("--window", help="Tokens a model sees at a time.", min=2)]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Windows in a forward pass.", min=1)]
 Refine = Annotated[bool, typer.Option("--refine/--no-refine", help="Improve the closed form by gradient steps on the KL.")]
-RefineSteps = Annotated[int, typer.Option("--refine-steps", help="How many of those steps.")]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", help="Fit on at most this many tokens; by default on all.", show_default=False)
+RefineSteps = Annotated[int, typer.Option("--refine-steps", help="How many of those steps.", min=0)]
+ReadTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Read at most this many tokens; by default all.", min=1, show_default=False),
 ]
-MaxTestTokens = Annotated[int, typer.Option("--max-test-tokens", help="Measure on at most this many tokens.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Fit on at most this many tokens; by default on all.", min=1, show_default=False),
+]
+MaxTestTokens = Annotated[int, typer.Option("--max-test-tokens", help="Measure on at most this many tokens.", min=1)]
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the checkpoint's own.", show_default=False)
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 NewFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write, new or empty.")]
 AdapterFolder = Annotated[Path, typer.Option("--adapter", help="Folder that `chassis fit` wrote.")]
 OneAdapter = Annotated[Path | None, typer.Option("--adapter", help="Folder that `chassis fit` wrote.", show_default=False)]

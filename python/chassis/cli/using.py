@@ -23,7 +23,7 @@ def evaluate(
     hub_split: options.HubSplit = "train",
     window: options.Window = 128,
     batch_size: options.BatchSize = 16,
-    max_tokens: options.MaxTokens = None,
+    max_tokens: options.ReadTokens = None,
     dtype: options.DType = None,
     device: options.Device = "cpu",
 ) -> dict:
@@ -141,7 +141,7 @@ def merge(
 def export(
     terminal: Terminal,
     adapter: options.AdapterFolder,
-    out: options.NewFolder,
+    out: options.Folder,
     form: Annotated[str, typer.Option("--format", help="peft: a LoRA on the output head.")] = "peft",
     bias: Annotated[
         str,
@@ -164,15 +164,16 @@ def export(
 def import_(
     terminal: Terminal,
     lora: Annotated[Path, typer.Option("--peft", help="Folder of a PEFT LoRA on the output head alone.")],
-    base: options.Base,
-    out: options.NewFolder,
+    base: options.Model,
+    out: options.Folder,
 ) -> dict:
     """Read a LoRA that PEFT wrote as an adapter, to plug it beside others."""
     from chassis.cli import loading
     from chassis.export import import_peft
+    from chassis.models import located
 
     loaded = loading.load_base(base, None, "cpu")
-    adapter = import_peft(lora, loaded.head, base=base, vocabulary_hash=loaded.vocabulary_hash)
+    adapter = import_peft(lora, loaded.head, base=located(base), vocabulary_hash=loaded.vocabulary_hash)
     adapter.save(out)
     return _written(terminal, out, [])
 

@@ -2,6 +2,15 @@
 
 from chassis.models.capture import Captured, capture
 from chassis.models.head import Head, inspect_head
-from chassis.models.loading import load_causal_lm, load_tokenizer, vocabulary_hash
+from chassis.models.loading import load_causal_lm, load_tokenizer, located, vocabulary_hash
 
-__all__ = ["Captured", "Head", "capture", "inspect_head", "load_causal_lm", "load_tokenizer", "vocabulary_hash"]
+__all__ = [
+    "Captured",
+    "Head",
+    "capture",
+    "inspect_head",
+    "load_causal_lm",
+    "load_tokenizer",
+    "located",
+    "vocabulary_hash",
+]

@@ -153,6 +153,10 @@ def _logit_rule(model: nn.Module, unembedding: nn.Module, final: Tensor, logits:
     given = logits.float()
     if plain.shape != given.shape:
         raise ModelError(f"{title(model)}: logits {list(given.shape)} but h Wᵀ {list(plain.shape)}: expected the same")
+    if not torch.isfinite(given).all():
+        raise ModelError(
+            f"{title(model)}: its logits are NaN or infinite; are its weights damaged, or too large for its dtype?"
+        )
     hints = [float(h) for key in SCALE_HINTS if isinstance(h := getattr(config, key, None), int | float) and h]
     flat = given if softcap is None else softcap * torch.atanh((given / softcap).clamp(-1 + 1e-6, 1 - 1e-6))
     measured = ((flat * plain).sum() / (plain * plain).sum().clamp_min(1e-30)).item()

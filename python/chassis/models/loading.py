@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -46,6 +47,12 @@ def load_causal_lm(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def located(name: str) -> str:
+    """The absolute path of a folder, which leads there from everywhere; any other name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if name and folder.is_dir() else name
 
 
 def vocabulary_hash(tokenizer) -> str:
@@ -104,6 +111,10 @@ def _model(name: str, revision: str | None, config, dtype: torch.dtype | str) ->
                 f"{name}: no safetensors weights on the hub; pickled weights are not loaded, because that could run any code"
             ) from error
         raise ModelError(_unreachable(name, revision, error)) from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{name}: damaged or truncated weights ({_first_line(error)}); copy the checkpoint again"
+        ) from error
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: the checkpoint does not fit its config.json ({_first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):

@@ -181,7 +181,7 @@ def _read_jsonl(source: str, text_column: str) -> Iterator[tuple[str, str]]:
             if text.isspace() or not text:
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text.rstrip())
             except json.JSONDecodeError as error:
                 raise DataError(f"{origin}: not JSON ({error.msg} at column {error.colno})") from error
             yield _text_of(row, text_column, origin), origin
