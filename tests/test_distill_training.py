@@ -12,6 +12,7 @@ import pytest
 import torch
 from chassis.distill.config import Loss
 from chassis.distill.fused_head import without_logits
+from chassis.distill.report import write_report
 from chassis.distill.run import distill
 from chassis.errors import ChassisError
 from chassis.models import load_causal_lm
@@ -137,6 +138,18 @@ def test_an_unfinished_checkpoint_is_passed_over(distilling):
     state = Path(distilling.out, "checkpoints/checkpoint-3/trainer_state.json")
     state.write_text(state.read_text()[:100])
     assert logged(distill(distilling), "loss") == logged(whole, "loss")
+
+
+def test_a_run_that_ended_takes_no_further_step(distilling):
+    whole = distill(distilling)
+    student = Path(distilling.out, "student/model.safetensors")
+    weights = load_file(student)
+    for kept in (False, True):  # without and with the results beside the checkpoints
+        if kept:
+            write_report(whole, distilling.out)
+        again = distill(distilling)
+        assert again["steps"] == whole["steps"] == 3 and logged(again, "loss") == logged(whole, "loss")
+        assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(student).items())
 
 
 def test_too_little_text_and_other_vocabularies_are_refused(distilling, tiny_testbed):

@@ -81,7 +81,6 @@ def tables(results: dict) -> list[Table]:
     costs = [
         Row(["optimizer steps", count(results["steps"])]),
         Row(["samples to train on", count(results["samples"])]),
-        Row(["seconds a step", number(results["seconds"] / max(results["steps"], 1))]),
         Row(["seconds in all", number(results["seconds"])]),
     ]
     return [table for table in (*found, Table("Cost", ["what", "value"], costs)) if table.rows]

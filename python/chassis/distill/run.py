@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -15,11 +16,11 @@ from chassis.distill.config import DistillConfig
 from chassis.distill.inputs import Progress, collator, datasets, load_sides, load_teacher
 from chassis.distill.trainer import DistillTrainer
 from chassis.errors import ChassisError
-from chassis.files import ensure_writable, write_file
+from chassis.files import ensure_config_is, write_file
 from chassis.models import inspect_head, load_causal_lm, load_tokenizer
 from chassis.results import environment
 
-CONFIG = "config.json"
+CONFIG, RESULTS = "config.json", "results.json"
 # Its name before and from transformers 5.20 or so on; the old one warns where the new one is known.
 _NEW, _OLD = "activation_checkpointing", "gradient_checkpointing"
 _CHECKPOINTING = _NEW if _NEW in TrainingArguments.__dataclass_fields__ else _OLD
@@ -41,13 +42,16 @@ class ShowProgress(TrainerCallback):
 def distill(config: DistillConfig, progress: Progress = lambda stage, done, total: None) -> dict:
     """Train the student; returns what `chassis.distill.report` draws. `config.out` gets the checkpoints and the student.
 
-    The same call goes on from the newest checkpoint in `config.out`. Raises ChassisError for everything that can be known
-    to be wrong before a model is loaded, and for an output folder that holds another run.
+    The same call goes on from the newest checkpoint in `config.out`, and gives the same back when all is done. Raises
+    ChassisError for everything that can be known to be wrong before a model is loaded, and for an output folder that holds
+    another run or a model.
     """
     started = time.perf_counter()
     config.check(int(os.environ.get("WORLD_SIZE", 1)))
-    out = ensure_writable(config.out)
+    out = ensure_config_is(config.out, "student")
     _same_run(config, out)
+    if (done := _finished(out)) is not None:
+        return done
     student_tokenizer = load_tokenizer(config.student)
     train, validation = datasets(config, student_tokenizer)
     sides = load_sides(config, student_tokenizer, train["text"])
@@ -56,7 +60,7 @@ def distill(config: DistillConfig, progress: Progress = lambda stage, done, tota
     teachers = [load_teacher(config, sides, i) for i in range(len(config.teachers))]
     student, _ = load_causal_lm(config.student, dtype=torch.float32)  # what AdamW updates, whatever the precision
     student.config.pad_token_id = student.generation_config.pad_token_id = sides.student.pad_token_id
-    checkpoint = _newest_checkpoint(out)
+    checkpoint = _newest_checkpoint(out, before=config.training.steps)
     arguments = training_arguments(config, resumed=checkpoint is not None)
     set_seed(config.training.seed)
 
@@ -151,9 +155,19 @@ def _same_run(config: DistillConfig, out: Path) -> None:
         write_file(path, text)
 
 
-def _newest_checkpoint(out: Path) -> Path | None:
+def _finished(out: Path) -> dict | None:
+    """What `chassis.distill.report` kept of a run that ended: going on would take transformers a step past the last."""
+    try:
+        results = json.loads((out / RESULTS).read_text())
+    except (OSError, ValueError):
+        return None
+    return results if _newest_checkpoint(out) and (out / "student").exists() else None
+
+
+def _newest_checkpoint(out: Path, before: float = math.inf) -> Path | None:
     """The newest that was written to its end, wherever a process was killed: trainer_state.json comes last."""
     found = {int(path.name.rsplit("-")[-1]): path for path in (out / "checkpoints").glob("checkpoint-*")}
+    found = {step: path for step, path in found.items() if step < before}
     return next((found[step] for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
 
 
