@@ -35,6 +35,7 @@ def _extension(name: str) -> tuple:
 _C, _C_ERROR = _extension("_C")
 _CUDA, _CUDA_ERROR = _extension("_CUDA")
 
+UNVERIFIED = "compiled, not verified"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 GPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -236,7 +237,7 @@ def capabilities() -> list[dict]:
                     "built": {"cpu": _C is not None, "triton": have_triton(), "cuda": _CUDA is not None}.get(backend, True),
                     "executed": not note,
                     "interpreted": backend == "triton" and not note and interpreting(),
-                    "verified": implementation.verified or "compiled, not verified",
+                    "verified": implementation.verified or UNVERIFIED,
                     "note": note,
                 }
             )

@@ -1,6 +1,6 @@
 """What is installed, what runs on this machine, and what to do about the rest.
 
-Every op and backend is tried with a small example: "executed here" means that it just ran.
+Every op and backend is tried with a small example: "ran" means that it just did, with the reference's result.
 """
 
 from __future__ import annotations
@@ -65,21 +65,34 @@ def print_findings(findings: dict, console) -> None:
         table.add_row(name, Text("–", "dim") if value is None else Text(str(value)))
     console.print(table)
     table = Table(title="Ops by backend", title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
-    for column in ("op", "backend", "built", "executed here"):
+    cells = {(row["op"], row["backend"]): _cell(row) for row in findings["capabilities"]}
+    backends = list(dict.fromkeys(backend for _, backend in cells))
+    for column in ("op", *backends):
         table.add_column(column, no_wrap=True)
-    table.add_column("last verified", overflow="fold")
-    for row in findings["capabilities"]:
-        answers = [Text("yes", "green") if row[name] else Text("no", "yellow") for name in ("built", "executed")]
-        if row["interpreted"]:
-            answers[1] = Text("interpreted", "yellow")
-        table.add_row(row["op"], row["backend"], *answers, Text(row["verified"]))
+    for op in dict.fromkeys(op for op, _ in cells):
+        table.add_row(op, *(cells.get((op, backend), Text("–", "dim")) for backend in backends))
     console.print(table)
+    console.print(
+        Text("ran: here, just now, and as the reference. *: no GPU has run it yet; only an override chooses it", "dim")
+    )
     for backend, note in dict.fromkeys((r["backend"], r["note"]) for r in findings["capabilities"] if r["note"]):
         console.print(Text(f"{backend}: {note}", "dim"), soft_wrap=True)
     for hint in findings["hints"]:
         console.print(Text("→ ", "yellow bold") + Text(hint), soft_wrap=True)
     if not findings["hints"]:
         console.print(Text("Nothing is missing.", "green"))
+
+
+def _cell(row: dict):
+    """What happened here to one op on one backend."""
+    from rich.text import Text
+
+    from chassis_kernels.backends import UNVERIFIED
+
+    state, style = ("ran", "green") if row["executed"] else ("built", "yellow") if row["built"] else ("not built", "dim")
+    if row["interpreted"]:
+        state, style = "interpreted", "yellow"
+    return Text(state + "*" * (row["verified"] == UNVERIFIED), style)
 
 
 def _capabilities() -> tuple[list[dict], list[str]]:
@@ -170,10 +183,10 @@ def _compiler() -> str | None:
 
 
 def _nvcc() -> str | None:
-    """Last line of `nvcc --version`, its build, from where setup.py looks for it."""
+    """The release that `nvcc --version` tells in its last line but one, from where setup.py looks for it."""
     home = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
     found = shutil.which("nvcc", path=os.pathsep.join([*home, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
-    return found and _printed(shlex.quote(found), -1)
+    return found and _printed(shlex.quote(found), -2)
 
 
 def _printed(compiler: str, line: int) -> str | None:
