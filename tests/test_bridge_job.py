@@ -108,7 +108,8 @@ def test_the_adapted_base_needs_fewer_bits(fitted):
 def test_fitting_at_aligned_positions_alone_is_worse_everywhere_else(fitted):
     base, through, result, scores, documents = fitted
     ablation = BridgedExpert(through.model, through.bridge, through.start_id, through.bos_id, aligned_only=True)
-    alone = fit(base, ablation, documents, FitOptions(rank=32, max_windows=96, max_test_windows=48, refine_steps=40))
+    options = FitOptions(rank=32, init="newton", max_windows=96, max_test_windows=48, refine_steps=40)
+    alone = fit(base, ablation, documents, options)
     assert alone.refinements[32].validation_kl < 0.6 * alone.refinements[32].no_op_validation_kl  # there it looks well
     probe = Probe(base.model, through, (), "all", 16)
     found = evaluate_adapters(probe, result.windows["test"], base.readout, adapters={"aligned": alone.adapter})

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 from chassis.bridge import Bridge
+from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.initial import semantic_change
 from chassis.bridge.matching_pursuit import matching_pursuit
 from chassis.bridge.reading import Models, read
 from chassis.bridge.semantic import ALPHA, MODES, OnOpenMass, SemanticHead, head_by_rows, head_by_states
 from chassis.bridge.windows import text_windows
 from chassis.errors import BridgeError
 from chassis.experts import Readout
-from chassis.models import inspect_head
+from chassis.models import capture, inspect_head
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, byte_level, sentencepiece_bpe
+from support import documents
 
 ROWS = MODES[:-1]
 
@@ -152,3 +155,35 @@ def test_bad_input(bridge):
     }.items():
         with pytest.raises(BridgeError, match=message):
             pytest.fail(f"accepted: {message}, {call()}")
+
+
+def test_the_change_towards_oneself_is_none_and_towards_another_is_the_lens(tiny_lm, tiny_tokenizer):
+    """On one tokenizer the head is the expert's own unembedding, and the change that of the ridge between the states."""
+    tokens, base, other = TokenBytes.from_tokenizer(tiny_tokenizer), tiny_lm("llama"), tiny_lm("qwen3", seed=1)
+    bridge = Bridge.build(tokens, tokens, "canonical")
+
+    def change(expert):
+        through = BridgedExpert(expert, bridge, tokens.roles["eos"], tokens.roles["eos"])
+        windows = through.windows(documents(24, length=200), 48)[:16]
+        found = semantic_change(base, through, windows, 1e-9)
+        return found.factor @ torch.cat(found.joint, 1).double().T, found.bias, windows
+
+    same, shift, _ = change(base)
+    own = base.get_output_embeddings().weight.detach().double()
+    text = tokens.is_text
+    assert same[:, text].abs().max() < 1e-3 * own.abs().max() and shift[text].abs().max() < 1e-2
+    found, _, windows = change(other)
+    x, y = (
+        torch.cat([capture(model, torch.from_numpy(w.ids).long()[None]).final[0, :-1] for w in windows])
+        for model in (base, other)
+    )
+    lens = torch.linalg.lstsq((x - x.mean(0)).double(), (y - y.mean(0)).double()).solution
+    expected = lens @ other.get_output_embeddings().weight.detach().double().T - own.T
+    assert (found - expected)[:, text].norm() < 0.05 * expected[:, text].norm()
+
+
+def test_a_change_between_heads_that_cap_differently_is_refused(tiny_lm, tiny_tokenizer):
+    tokens = TokenBytes.from_tokenizer(tiny_tokenizer)
+    expert = BridgedExpert(tiny_lm("gemma2"), Bridge.build(tokens, tokens, "canonical"), 0, None)
+    with pytest.raises(BridgeError, match="caps its logits at None and the expert at 3.0"):
+        semantic_change(tiny_lm("llama"), expert, [], 1e-4)

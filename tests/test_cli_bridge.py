@@ -4,6 +4,7 @@ import json
 
 import pytest
 from chassis.cli import app
+from chassis.errors import BridgeError
 from typer.testing import CliRunner
 
 
@@ -83,15 +84,42 @@ def test_eval_prints_the_ladder_and_writes_the_page(tiny_testbed, work, tmp_path
     assert "3 windows" in page and "<script" not in page
 
 
-def test_fit_through_a_bridge(tiny_testbed, work, tmp_path):
-    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert
+@pytest.mark.parametrize("init", ["both", "newton", "semantic"])
+def test_fit_through_a_bridge(tiny_testbed, work, tmp_path, init):
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert, "--init", init
     options = "--rank", 4, "--window", 48, "--batch-size", 4, "--refine-steps", 3, "--max-test-tokens", 400
     result = chassis("fit", *models, "--bridge", "auto", *text(work), *options, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert "starts from" in result.stderr and ("semantic" in result.stderr) >= (init == "semantic")
     assert found["no_op"]["kl"] > 0 and found["ranks"] and (tmp_path / "out/adapter.safetensors").exists()
     spoken = chassis("generate", "--adapter", tmp_path / "out", "--prompt", "def f(", "--max-new-tokens", 4)
     assert spoken.exit_code == 0, spoken.output
+
+
+def test_vocabularies_that_share_too_little_leave_the_step_alone(tiny_testbed, work, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise BridgeError("3 tokens of equal bytes")
+
+    monkeypatch.setattr("chassis.fit.semantic_change", refuse)
+    models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert, "--bridge", "auto"
+    options = (
+        "--rank",
+        4,
+        "--window",
+        48,
+        "--max-tokens",
+        800,
+        "--no-refine",
+        "--max-test-tokens",
+        100,
+        "-o",
+        tmp_path / "out",
+    )
+    result = chassis("fit", *models, *text(work), *options)
+    assert result.exit_code == 0 and "of the semantic" not in result.stderr and "of the Gauss-Newton step" in result.stderr
+    result = chassis("fit", *models, *text(work), *options, "--init", "semantic")
+    assert result.exit_code == 2 and "3 tokens of equal bytes" in result.stderr
 
 
 def test_an_ensemble_speaks_with_and_without_lookahead(tiny_testbed, work):
@@ -137,6 +165,7 @@ def test_bad_requests_are_refused(tiny_testbed, work, tmp_path):
         (("bridge", "build", *pair, "--method", "exact", "-o", tmp_path / "b.png"), "are .safetensors files"),
         (("bridge", "build", tmp_path / "no", pair[1], "--method", "exact"), "no such folder"),
         (("fit", "--base", pair[0], "--expert", pair[1], *text(work)), "different vocabularies"),
+        (("fit", "--base", pair[0], "--expert", pair[1], *text(work), "--init", "newton"), "is for a fit through a bridge"),
         (("fit", "--base", pair[0], "--expert", pair[1], "--bridge", tmp_path / "no.st", *text(work)), "no such bridge"),
     ):
         result = chassis(*arguments)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from chassis.closed_form import closed_form
+from chassis.closed_form import Change, closed_form
 from chassis.errors import ChassisError
 from chassis.experts import Readout
-from chassis.newton import DAMPING, STEPS, ProbabilityStatistics, newton_closed_form, probabilities
+from chassis.newton import DAMPING, SHARES, STEPS, ProbabilityStatistics, newton_closed_form, probabilities
 from chassis.probes import Rows
 from chassis.refine import mean_kl
 
@@ -65,6 +65,41 @@ def test_the_step_that_leaves_least_on_validation_is_taken():
     best = mean_kl(newton_closed_form(statistics, 1e-6, 3, held).adapter(3), base, expert, held)
     each = [mean_kl(closed_form(statistics.newton(s), 1e-6).adapter(3), base, expert, held) for s in STEPS]
     assert best == min(each) and best < 0.6 * before
+
+
+def true_change(base):
+    """The change that `batches` makes."""
+    change = torch.randn(6, 6, generator=torch.Generator().manual_seed(9)).double() * 0.4
+    return Change(change, (base.weight,), 0.5 * change.sum(0) @ base.weight.double().T)
+
+
+def test_changes_add_up_as_matrices():
+    base = readout()
+    one, other = true_change(base), Change(torch.eye(6).double(), (base.weight.flip(0),), torch.ones(20).double())
+    both = one * 0.5 + other
+    whole = both.factor @ torch.cat(both.joint, 1).double().T
+    expected = 0.5 * one.factor @ base.weight.double().T + base.weight.flip(0).double().T
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(both.bias, 0.5 * one.bias + 1)
+
+
+def test_another_change_is_added_as_far_as_validation_likes_it():
+    base, expert = readout(), Readout(None)
+    statistics = ProbabilityStatistics(base, expert)
+    for rows in batches(base):
+        statistics.update(rows)
+    held, right = batches(base, n=1, seed=5), true_change(base)
+
+    def start(semantic, init):
+        found = newton_closed_form(statistics, 1e-6, 3, held, semantic, init=init)
+        return mean_kl(found.adapter(3), base, expert, held), tuple(found.weights.values())
+
+    step, alone = start(right, "newton"), start(right, "semantic")
+    assert step[1][1] == 0 and alone[1] == (0, 1)
+    assert alone[0] < step[0]
+    assert start(right, "both")[0] < step[0] and start(right, "both")[1][1] == SHARES[0]
+    wrong = right * -1
+    assert start(wrong, "both") == start(None, "both") == step
 
 
 def test_no_finite_kl_is_said_and_not_papered_over():

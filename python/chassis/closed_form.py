@@ -14,7 +14,7 @@ metric.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,23 @@ TILE = 2048  # rows of an unembedding copied at a time
 
 
 @dataclass
+class Change:
+    """A change of logits, (h - mean) L R^T + bias: `factor` L [D, M] fp64, `joint` R [V, M] as the matrices that stand side
+    by side in it, `bias` [V] fp64 the mean change."""
+
+    factor: torch.Tensor
+    joint: tuple[torch.Tensor, ...]
+    bias: torch.Tensor
+
+    def __mul__(self, share: float) -> Change:
+        return replace(self, factor=self.factor * share, bias=self.bias * share)
+
+    def __add__(self, other: Change) -> Change:
+        factor = torch.cat([self.factor, other.factor], 1)
+        return Change(factor, (*self.joint, *other.joint), self.bias + other.bias)
+
+
+@dataclass
 class ClosedForm:
     """A factorised change of logits. `spectrum` [D]: nats explained by each direction, to second order, descending."""
 
@@ -38,7 +55,9 @@ class ClosedForm:
     left: torch.Tensor  # Σ^-½ P [D, D]
     right: torch.Tensor  # P^T Σ^½ L [D, M]
     joint: tuple[torch.Tensor, ...]  # R [V, M] as the matrices that stand side by side in it
+    bias: torch.Tensor  # mean change of the logits [V]
     constant: torch.Tensor  # w [D]: h w is nearest to 1
+    weights: dict | None = None  # of what it was made of, where that was chosen
 
     def adapter(self, rank: int, columns: int | None = None) -> Adapter:
         """The adapter of this rank, over all tokens or over the `columns` tokens whose change matters most.
@@ -50,7 +69,7 @@ class ClosedForm:
             raise ChassisError(f"rank {rank}: expected 1..{width}, {width} being the width of the base")
         if columns is not None and not 1 <= columns <= vocab_size:
             raise ChassisError(f"{columns} columns: expected 1..{vocab_size}, the size of the vocabulary")
-        left, v, bias, cols = self.left[:, :rank], self._logits(self.right[:rank]), mean_change(self.statistics), None
+        left, v, bias, cols = self.left[:, :rank], self._logits(self.right[:rank]), self.bias, None
         if columns is not None and columns < vocab_size:
             cols = self._choose(v, bias, columns)
             left, v = self._restrict(cols, rank)
@@ -84,35 +103,49 @@ def closed_form(statistics: Statistics, alpha: float = 1e-4) -> ClosedForm:
 
     Raises ChassisError when the two models cap their logits differently.
     """
-    moments, base, expert = statistics.final, statistics.base, statistics.expert
+    base, expert = statistics.base, statistics.expert
     if expert.weight is not None and base.softcap != expert.softcap:
         raise ChassisError(
             f"the base caps its logits at {base.softcap} and the expert at {expert.softcap}: the change is not linear in "
             "the expert's hidden state; wrap the expert in CallableExpert to fit on its logits"
         )
-    solution = ridge.solve(moments, alpha)
+    solution = ridge.solve(statistics.final, alpha)
+    return factorise(statistics, solution, full_change(statistics, solution.W))
+
+
+def factorise(
+    statistics: Statistics, solution: ridge.RidgeSolution, change: Change, metric: torch.Tensor | None = None
+) -> ClosedForm:
+    """The best change of each rank for a full-rank one. `solution` gives the ridge of Σ; `metric`: `fisher` of the change's
+    joint unembedding, where it is at hand."""
+    moments = statistics.final
     identity = torch.eye(len(moments.mean_x), dtype=torch.float64, device=moments.mean_x.device)
     covariance, mean = (moments.S + solution.alpha * identity) / moments.count, moments.mean_x
     values, vectors = torch.linalg.eigh(covariance)
     root = values.clamp_min(values[-1] * torch.finfo(torch.float64).eps).sqrt()
     half, inverse_half = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    factor, joint = change_factor(statistics, solution.W)
-    change = half @ factor
-    spectrum, directions = _descending(change @ fisher(joint, statistics.mean_p) @ change.T)
+    metric = fisher(change.joint, statistics.mean_p) if metric is None else metric
+    whitened = half @ change.factor
+    spectrum, directions = _descending(whitened @ metric @ whitened.T)
     return ClosedForm(
         statistics,
         solution,
         spectrum.clamp_min(0) / 2,
         directions,
         inverse_half @ directions,
-        directions.T @ change,
-        joint,
+        directions.T @ whitened,
+        change.joint,
+        change.bias,
         torch.linalg.solve(covariance + torch.outer(mean, mean), mean),
     )
 
 
-def change_factor(statistics: Statistics, lens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(L [D, M] fp64, R [V, M] in parts), B = L R^T, from the lens A [D, E] (or [D, V] when the expert gives logits)."""
+def full_change(statistics: Statistics, lens: torch.Tensor) -> Change:
+    """The full-rank change of the lens A [D, E] (or [D, V] when the expert gives logits)."""
+    return Change(*_factor(statistics, lens), mean_change(statistics))
+
+
+def _factor(statistics: Statistics, lens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     base, expert = statistics.base, statistics.expert
     ratio = expert.scale / base.scale
     identity = torch.eye(len(lens), dtype=lens.dtype, device=lens.device)

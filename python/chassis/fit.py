@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 
 from chassis.adapter import FORMAT, Adapter, AdapterConfig
+from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.initial import semantic_change
 from chassis.checkpoint import Checkpoint
 from chassis.closed_form import ClosedForm, closed_form
-from chassis.errors import ChassisError
+from chassis.errors import BridgeError, ChassisError
 from chassis.experts import Expert, Readout
 from chassis.files import ensure_config_is, ensure_writable
 from chassis.lens import Lens, LensConfig, fit_lens
 from chassis.models import Head, inspect_head, located, vocabulary_hash
-from chassis.newton import ProbabilityStatistics, newton_closed_form
+from chassis.newton import INITS, ProbabilityStatistics, newton_closed_form
 from chassis.probes import Probe, Rows, Window, check_disjoint, fingerprint, make_windows, save_keys
 from chassis.refine import Refinement, refine
 from chassis.statistics import Statistics
@@ -41,6 +43,7 @@ class FitOptions:
     ranks: tuple[int, ...] = ()  # further ranks to report
     columns: int | None = None
     alpha: float = 1e-4
+    init: str = "both"  # of INITS, for an expert that gives probabilities
     layers: str | tuple[int, ...] = "all"
     positions: str = "all"
     window: int = 128
@@ -61,6 +64,8 @@ class FitOptions:
             raise ChassisError(f"{self.columns} columns: expected 1..{head.vocab_size}, the size of the vocabulary")
         if not self.alpha >= 0:
             raise ChassisError(f"alpha {self.alpha}: expected 0 or more, relative to the mean eigenvalue of the Gram matrix")
+        if self.init not in INITS:
+            raise ChassisError(f"init {self.init!r}: expected one of {', '.join(INITS)}")
         if self.refine_steps < 0 or self.batch_size < 1 or self.window < 2:
             raise ChassisError(
                 f"refine_steps {self.refine_steps}, batch_size {self.batch_size}, window {self.window}: "
@@ -192,7 +197,15 @@ def _closed_form(
 ) -> ClosedForm:
     if not probe.expert.log_probs:
         return closed_form(statistics, options.alpha)
-    return newton_closed_form(statistics, options.alpha, options.rank, _held(probe, windows))
+    semantic = None
+    if options.init != "newton" and isinstance(probe.expert, BridgedExpert):
+        try:
+            semantic = semantic_change(probe.model, probe.expert, windows["fit"], options.alpha)
+        except BridgeError:  # the vocabularies share too few tokens, or the heads differ: the step stands alone
+            if options.init == "semantic":
+                raise
+    held = _held(probe, windows)
+    return newton_closed_form(statistics, options.alpha, options.rank, held, semantic, init=options.init)
 
 
 def _held(probe: Probe, windows: Mapping[str, list[Window]]) -> list[Rows]:

@@ -6,26 +6,33 @@ curvature, averaged over rows, is F = s² Wᵀ (diag(p̄) - p̄ p̄ᵀ) W. The b
 
     Σ B F = Cov(h, g),   so that   h + step · g F⁻¹   is a target for the same ridge and factorisation as a hidden state's.
 
-g is collected like a hidden state: one pass, [D, D] moments, no [N, V] kept. `step` is chosen on validation rows. Source:
+g is collected like a hidden state: one pass, [D, D] moments, no [N, V] kept. `step` is chosen on validation rows, and so is
+the share of another change of the logits, foretold by the expert's states, that is added to it (`bridge.initial`). Source:
 Gauss-Newton with the softmax Fisher of the mean probabilities, as in `closed_form`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 
-from chassis.closed_form import ClosedForm, closed_form, fisher
+from chassis.closed_form import Change, ClosedForm, factorise, fisher, full_change
 from chassis.errors import ChassisError
 from chassis.experts import Readout
 from chassis.probes import Rows
 from chassis.refine import mean_kl
 from chassis.statistics import Statistics
+from chassis_kernels import ridge
 
 DAMPING = 1e-2  # added to F, relative to its mean eigenvalue
+INITS = ("both", "newton", "semantic")
 STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
+SHARES = (0.5, 0.25)  # of the semantic change
 TILE = 512  # rows whose probabilities exist at a time
 
 
@@ -82,21 +89,62 @@ def probabilities(hidden: torch.Tensor, base: Readout) -> tuple[torch.Tensor, to
     return logits.softmax(-1), slope
 
 
-def newton_closed_form(statistics: ProbabilityStatistics, alpha: float, rank: int, validation: Sequence[Rows]) -> ClosedForm:
-    """The closed form of the step of STEPS that leaves the smallest KL on the validation rows at `rank`.
+def newton_closed_form(
+    statistics: ProbabilityStatistics,
+    alpha: float,
+    rank: int,
+    validation: Sequence[Rows],
+    semantic: Change | None = None,
+    *,
+    init: str = "both",
+) -> ClosedForm:
+    """The closed form whose adapter of `rank` leaves the smallest KL on the validation rows, of these:
 
-    For refinement, whose expert is `statistics.target`; the closed form's own is the base's unembedding. Raises ChassisError
-    if no step leaves a finite KL.
+    * "newton": the step, each of STEPS times;
+    * "semantic": the change `semantic`, once and each of SHARES times;
+    * "both": as "newton"; then the best step and half of it, each with each of SHARES of `semantic`, where there is one.
+
+    `weights` of the closed form say what was chosen. For refinement, whose expert is `statistics.target`; the closed form's
+    own is the base's unembedding. Raises ChassisError if none leaves a finite KL.
     """
-    best, least = None, math.inf
+    tried: dict[tuple[float, float], tuple[float, ClosedForm]] = {}
+    metrics: dict[int, torch.Tensor] = {}
+
+    @cache
+    def newton(step: float) -> tuple[Statistics, ridge.RidgeSolution, Change]:
+        target = statistics.newton(step)
+        solution = ridge.solve(target.final, alpha)
+        return target, solution, full_change(target, solution.W)
+
+    def attempt(step: float, share: float) -> None:
+        target, solution, change = newton(step)
+        if share:
+            change = semantic * share + change if step else semantic * share
+        key = len(change.joint)
+        if key not in metrics:
+            metrics[key] = fisher(change.joint, target.mean_p)
+        weights = {"Gauss-Newton step": step, "semantic change": share}
+        closed = replace(factorise(target, solution, change, metrics[key]), weights=weights)
+        tried[step, share] = mean_kl(closed.adapter(rank), statistics.base, statistics.target, validation), closed
+
+    def best() -> tuple[float, float]:
+        finite = [key for key in tried if math.isfinite(tried[key][0])]
+        if not finite:
+            raise ChassisError(
+                f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that "
+                "the expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
+            )
+        return min(finite, key=lambda key: tried[key][0])
+
+    if init == "semantic":
+        for share in (1.0, *SHARES):
+            attempt(0.0, share)
+        return tried[best()][1]
     for step in STEPS:
-        closed = closed_form(statistics.newton(step), alpha)
-        kl = mean_kl(closed.adapter(rank), statistics.base, statistics.target, validation)
-        if kl < least:
-            best, least = closed, kl
-    if best is None:
-        raise ChassisError(
-            f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that the "
-            "expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
-        )
-    return best
+        attempt(step, 0.0)
+    if semantic is not None and init == "both":
+        step, _ = best()
+        for pair in itertools.product((step, step / 2), SHARES):
+            attempt(*pair)
+        return replace(tried[best()][1], statistics=newton(step)[0])  # whose lens is the step's
+    return tried[best()][1]

@@ -9,6 +9,7 @@ import typer
 
 from chassis.cli import app, options
 from chassis.cli.terminal import Terminal, command
+from chassis.errors import ChassisError
 
 
 @command(app, "fit")
@@ -18,6 +19,7 @@ def fit(
     expert: options.Expert,
     data: options.Data,
     bridge: options.Bridge = None,
+    init: options.Init = None,
     validation: options.Validation = None,
     test: options.Test = None,
     text_column: options.TextColumn = "text",
@@ -44,7 +46,7 @@ def fit(
     """
     steps = refine_steps if refine else 0
     settings = {"rank": rank, "columns": columns, "alpha": alpha, "positions": positions, "window": window}
-    settings |= {"batch_size": batch_size, "refine_steps": steps, "layers": layers}
+    settings |= {"batch_size": batch_size, "refine_steps": steps, "layers": layers, "init": init}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
     return _fit(terminal, base, expert, bridge, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
@@ -56,6 +58,7 @@ def sweep(
     expert: options.Expert,
     data: options.Data,
     bridge: options.Bridge = None,
+    init: options.Init = None,
     validation: options.Validation = None,
     test: options.Test = None,
     text_column: options.TextColumn = "text",
@@ -82,7 +85,7 @@ def sweep(
     compared = parse_numbers("ranks", ranks, "numbers such as 4,8,16")
     steps = refine_steps if refine else 0
     settings = {"rank": rank or max(compared), "ranks": compared, "columns": columns, "alpha": alpha, "positions": positions}
-    settings |= {"window": window, "batch_size": batch_size, "refine_steps": steps, "layers": layers}
+    settings |= {"window": window, "batch_size": batch_size, "refine_steps": steps, "layers": layers, "init": init}
     sources = {"data": data, "validation": validation, "test": test, "text_column": text_column, "split": hub_split}
     return _fit(terminal, base, expert, bridge, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
@@ -140,6 +143,10 @@ def _fit(terminal, base, expert, bridge, sources, settings, limits, dtype, devic
     from chassis.results import measure, summarise
 
     ensure_config_is(out, "format", FORMAT)
+    if settings["init"] is None:
+        del settings["init"]
+    elif bridge is None:
+        raise ChassisError(f"--init {settings['init']} is for a fit through a bridge: give --bridge too, or leave it out")
     settings["layers"] = loading.parse_layers(settings["layers"])
     names = ("max_windows", "max_test_windows")
     settings |= {name: max(1, n // settings["window"]) for name, n in zip(names, limits, strict=True) if n is not None}
@@ -150,6 +157,8 @@ def _fit(terminal, base, expert, bridge, sources, settings, limits, dtype, devic
     with terminal.progress() as report:
         result = run(loaded, teacher, documents, FitOptions(**settings), out=out, progress=report)
         scores = measure(loaded, teacher, result, report)
+    if result.closed.weights:
+        terminal.note("starts from " + " and ".join(f"{v:g} of the {k}" for k, v in result.closed.weights.items() if v))
     prompts = loading.prompts(loaded.tokenizer, result.windows["test"])
     return _show(terminal, summarise(loaded, teacher, result, scores, prompts, f"{base} speaks like {expert}"), out)
 

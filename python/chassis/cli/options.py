@@ -26,6 +26,15 @@ Bridge = Annotated[
         show_default=False,
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        help="With --bridge, where the adapter starts: newton, one Gauss-Newton step on the KL; semantic, the change that "
+        "the expert's hidden states foretell; both (the default), the shares of the two that are best on validation.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option("--data", help=".txt, .md, .py, .jsonl, .parquet, a folder of them, hf://owner/name[:config]. Repeatable."),
