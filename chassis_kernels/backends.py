@@ -130,6 +130,8 @@ def register(
 
 def _plain(args: tuple) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
+    if torch.compiler.is_compiling():  # asked first: the compiler cannot trace the questions below
+        return False
     if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
     grad = torch.is_grad_enabled()
