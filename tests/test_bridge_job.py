@@ -1,9 +1,9 @@
 """The bridge and an adapter fitted through it on the testbed: the figures this project promises for real (small) models."""
 
 import pytest
-from chassis.bridge.evaluate import MIXTURE
+from chassis.bridge.evaluate import MIXTURE, evaluate
 from chassis.bridge.expert import BridgedExpert
-from chassis.bridge.loading import Side, bridge_for, bridged_expert, compare
+from chassis.bridge.loading import Side, bridge_for, bridged_expert, compare, models_of
 from chassis.evaluate import evaluate as evaluate_adapters
 from chassis.fit import Base, FitOptions, fit
 from chassis.models import load_causal_lm
@@ -58,11 +58,22 @@ def test_kl_to_a_long_lookahead_orders_the_estimators(sides, testbed):
     base, expert = sides
     documents = testbed.documents["source"]
     counted = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
-    found = compare(base, expert, counted, documents, looks=(4,), reference=16, max_windows=3)
+    found = compare(base, expert, counted, documents, looks=(4, 8), reference=16, max_windows=3)
     kl = {row["name"]: row["kl_bits"] for row in found["rows"] if "kl_bits" in row}
-    assert kl["counted"] <= 0.15 and kl["lookahead 4"] <= 0.05
+    assert kl["counted"] <= 0.15 and kl["lookahead 8"] < kl["lookahead 4"] <= 0.05
+    assert kl["base alone"] > 5 * kl["counted"]  # the no-op
     assert kl["counted"] < kl["jeffrey_counted"] < kl["jeffrey"] < kl["canonical"] < kl["two_segment"] < kl["exact"]
     assert kl["two_segment, by decode"] > 2 * kl["two_segment"] and kl["exact, by decode"] > 2 * kl["exact"]
+
+
+def test_lookahead_needs_fewer_bits_than_counts_alone(sides, testbed):
+    base, expert = sides
+    documents = testbed.documents["prose"]
+    counted = bridge_for(base, expert, "auto", [d.text for d in documents["fit"]])
+    bridges = {"counted": (counted, True)}
+    found = evaluate(models_of(base, expert), bridges, documents, main="counted", looks=(4, 16), max_windows=4)
+    bits = {row["name"]: row["bits_per_byte"] for row in found["rows"]}
+    assert bits["lookahead 16"] <= bits["counted"] - 0.01 and bits["lookahead 16"] <= bits["lookahead 4"] + 0.002
 
 
 def test_semantic_heads_alone_are_no_bridge_but_settle_open_mass(ladder):

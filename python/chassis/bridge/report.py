@@ -123,10 +123,12 @@ def _bars(axes: Axes, rows: list[dict]) -> None:
     end = min(max(levels.values()), WIDEST * levels[BASE])
     axes.barh(list(levels), [min(value, end) for value in levels.values()], color=_colours(rows), height=0.66)
     for place, value in enumerate(levels.values()):
-        cut = value > end
-        text, colour = (f"{value:.3f} → ", "white") if cut else (f" {value:.3f}", STYLE["text.color"])
-        side, box = ("right", None) if cut else ("left", {"facecolor": "white", "edgecolor": "none", "pad": 0.8})
-        axes.text(min(value, end), place, text, va="center", ha=side, fontsize=9, color=colour, bbox=box)
+        look = {"va": "center", "fontsize": 9, "textcoords": "offset points"}
+        if value > end:
+            axes.annotate(f"{value:.3f} →", (end, place), (-5, 0), ha="right", color="white", **look)
+        else:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.annotate(f"{value:.3f}", (value, place), (5, 0), bbox=box, **look)
     for name in (OWN, BASE):
         axes.axvline(levels[name], color=COLOURS[name], linewidth=1.2, linestyle=(0, (5, 3)), zorder=0.5)
     axes.invert_yaxis()
@@ -144,7 +146,7 @@ def _points(axes: Axes, rows: list[dict], reference: int) -> None:
         else:
             axes.text(0.03, place, "–", va="center", transform=axes.get_yaxis_transform(), color="#5b636d")
     axes.set_xscale("log")
-    axes.margins(x=0.3)
+    axes.margins(x=0.4)
     axes.set(title=f"KL to a lookahead of {reference}", xlabel="bits per position, log scale")
     axes.tick_params(axis="y", length=0)
 
