@@ -70,6 +70,23 @@ def test_error_is_at_most_twice_that_of_eager_float32(dtype):
         assert kernel <= 2 * eager + EPS / 8
 
 
+@pytest.mark.parametrize("n", [2, 6, 300])
+def test_bfloat16_rows_are_centred_and_split_without_rounding(n):
+    """What is left is a random walk of float32 sums; without the product of the lower halves the diagonal is 100 EPS off."""
+    x = ((torch.randn(n, 70) + torch.linspace(0, 8, 70)) * torch.logspace(-4, 4, 70)).bfloat16()
+    y = (torch.randn(n, 9) + 60).bfloat16()
+    x[0], y[0] = x[0] * 2, 70.0  # no two rows the same
+    found = moments_update_(Moments(70, 9, full_y=True), x, y)
+    assert all(error < 2 * EPS * max(1, n**0.5 / 4) for error in errors(found, exact(x, y, None, True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_columns_have_exactly_no_variance(dtype):
+    x = torch.tensor([0.0, 0.1, -7.0]).to(dtype).expand(70, 3)
+    moments = moments_update_(moments_update_(Moments(3), x), x)
+    assert not moments.xx.any() and torch.equal(moments.mean_x, x[0].double())
+
+
 def test_split_rows_and_slabs_give_the_same_moments(many_splits):
     x, y, weight = torch.randn(300, 70) + 3, torch.randn(300, 9), torch.rand(300).round(decimals=1)
     found = moments_update_(moments_update_(Moments(70, 9, full_y=True), x, y, weight=weight), x, y)

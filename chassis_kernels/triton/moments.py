@@ -1,12 +1,17 @@
 """Merging a batch of rows into centred second moments; the equations stand in `reference/moments.py`.
 
-    column_sums   Σ w x over parts of the rows, in float64: the batch's means m
-    products      Σ w (x - c)ᵀ(y - c) with c = float32(m) by tiles: the upper triangle of XᵀX and YᵀY, all of XᵀY
+    column_sums   Σ w x and max |x| over parts of the rows: the batch's means m, in float64
+    products      Σ w (x - c)ᵀ(y - c) with c near m by tiles: the upper triangle of XᵀX and YᵀY, all of XᵀY
     add_parts     where the rows are split: the splits' tiles added up, always in the same order
 
 A program takes one tile after the other. Rows are centred in float32 while they are loaded, SLAB of them are summed in
-float32 (a float32 is three bfloat16 to the tensor cores: six products keep its digits), and a slab's sum is added to the
-float64 state, with f dᵀd - n2 (m - c)ᵀ(m - c) beside the first. Rows of weight 0 are not read.
+float32, and a slab's sum is added to the float64 state, with f dᵀd - n2 (m - c)ᵀ(m - c) beside the first. Rows of weight 0
+are not read.
+
+A float32 is three bfloat16 to the tensor cores, and six products keep its digits: with c = float32(m) that is how rows are
+multiplied. bfloat16 rows without weights need four: c is m rounded to 12 bits below max |x|, so that x - c has no digit
+below the 16 of two bfloat16 (but for an x that is less than 2⁻⁹ c). Leaving out the product of the two lower parts would put
+the diagonal tens of float32 roundings too low.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ def column_sums(
     x,  # [N, D]
     weight,  # [N] float32, or None
     sums,  # [parts, D] float64 out
+    peaks,  # [parts, D] float32 out, max |x|
     n,
     width,
     stride,
@@ -39,15 +45,17 @@ def column_sums(
 ):
     part = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_sum = tl.zeros([BLOCK], tl.float64)
+    b_sum, b_peak = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((part + 1) * part_rows, n)
     for first in range(part * part_rows, last, ROWS):
         o_n = (first + tl.arange(0, ROWS)).to(tl.int64)
         b_w = weights(weight, o_n, o_n < last)
         m_x = (b_w != 0)[:, None] & (o_d < width)[None, :]
-        b_x = tl.load(x + o_n[:, None] * stride + o_d[None, :], mask=m_x, other=0.0).to(tl.float64)
-        b_sum += tl.sum(b_x * b_w.to(tl.float64)[:, None], 0)
+        b_x = tl.load(x + o_n[:, None] * stride + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_x.to(tl.float64) * b_w.to(tl.float64)[:, None], 0)
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_x), 0))
     tl.store(sums + part * width + o_d, b_sum, mask=o_d < width)
+    tl.store(peaks + part * width + o_d, b_peak, mask=o_d < width)
 
 
 @triton.jit
@@ -66,6 +74,13 @@ def centred(x, centre, o_n, o_d, m_n, width, stride):
     m_x = m_n[:, None] & (o_d < width)[None, :]
     b_x = tl.load(x + o_n[:, None] * stride + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
     return tl.where(m_x, b_x - tl.load(centre + o_d, mask=o_d < width, other=0.0)[None, :], 0.0)
+
+
+@triton.jit
+def halves(x):
+    """The two bfloat16 whose sum is nearest to x."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -111,6 +126,7 @@ def products(
     splits,
     split_rows,
     UPPER: tl.constexpr,
+    HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -136,7 +152,15 @@ def products(
                 b_w = weights(weight, o_n, o_n < last)
                 b_a = centred(a, centre_a, o_n, o_a, b_w != 0, width_a, stride_a) * b_w[:, None]
                 b_b = centred(b, centre_b, o_n, o_b, b_w != 0, width_b, stride_b)
-                b_sum = dot(tl.trans(b_a), b_b, b_sum)
+                if HALVES:
+                    b_ha, b_la = halves(b_a)
+                    b_hb, b_lb = halves(b_b)
+                    b_sum = dot(tl.trans(b_la), b_lb, b_sum)
+                    b_sum = dot(tl.trans(b_la), b_hb, b_sum)
+                    b_sum = dot(tl.trans(b_ha), b_lb, b_sum)
+                    b_sum = dot(tl.trans(b_ha), b_hb, b_sum)
+                else:
+                    b_sum = dot(tl.trans(b_a), b_b, b_sum)
             b_total = b_sum.to(tl.float64)
             if parts is None:
                 if slab == 0:
@@ -179,18 +203,23 @@ def add_parts(
 
 
 class Side:
-    """x or y: its rows, what the batch does to its mean, and the float32 mean that rows are centred by."""
+    """x or y: its rows, what the batch does to its mean, and the float32 near the mean that rows are centred by."""
 
     def __init__(self, rows: Tensor, mean: Tensor, weight: Tensor | None, total: Tensor) -> None:
         self.rows, (n, self.width) = backends.rows_contiguous(rows), rows.shape
         parts = triton.cdiv(n, PART)
-        sums = mean.new_empty(parts, self.width)
+        sums, peaks = mean.new_empty(parts, self.width), mean.new_empty(parts, self.width, dtype=torch.float32)
         launch(
             OP, column_sums, lambda meta: (triton.cdiv(self.width, meta["BLOCK"]), parts), self.width,
-            x=self.rows, weight=weight, sums=sums, n=n, width=self.width, stride=self.rows.stride(0), part_rows=PART,
+            x=self.rows, weight=weight, sums=sums, peaks=peaks, n=n, width=self.width, stride=self.rows.stride(0),
+            part_rows=PART,
         )  # fmt: skip
         own = sums.sum(0) / total
+        self.halves = self.rows.dtype == torch.bfloat16 and weight is None
         self.shift, self.centre = own - mean, own.float()
+        if self.halves:
+            unit = torch.exp2(torch.frexp(peaks.amax(0)).exponent.double() - 12)
+            self.centre = ((own / unit).round() * unit).float()
         self.residue = own - self.centre.double()
 
 
@@ -248,7 +277,7 @@ def _add_products(a: Side, b: Side, out: Tensor, weight: Tensor | None, terms: d
     launch(
         OP, products, lambda meta: (PROGRAMS,), n,
         a=a.rows, b=b.rows, weight=weight, centre_a=a.centre, centre_b=b.centre, n=n, stride_a=a.rows.stride(0),
-        stride_b=b.rows.stride(0), split_rows=split_rows, **shared,
+        stride_b=b.rows.stride(0), split_rows=split_rows, HALVES=a.halves and b.halves, **shared,
     )  # fmt: skip
     if parts is not None:
         launch(
