@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -30,6 +30,7 @@ from chassis.statistics import Statistics
 from chassis_kernels import ridge
 
 DAMPING = 1e-2  # added to F, relative to its mean eigenvalue
+STEP, SEMANTIC = "Gauss-Newton step", "semantic change"
 INITS = ("both", "newton", "semantic")
 STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
 SHARES = (0.5, 0.25)  # of the semantic change
@@ -107,44 +108,43 @@ def newton_closed_form(
     `weights` of the closed form say what was chosen. For refinement, whose expert is `statistics.target`; the closed form's
     own is the base's unembedding. Raises ChassisError if none leaves a finite KL.
     """
-    tried: dict[tuple[float, float], tuple[float, ClosedForm]] = {}
     metrics: dict[int, torch.Tensor] = {}
 
-    @cache
+    @lru_cache(1)
     def newton(step: float) -> tuple[Statistics, ridge.RidgeSolution, Change]:
         target = statistics.newton(step)
         solution = ridge.solve(target.final, alpha)
         return target, solution, full_change(target, solution.W)
 
-    def attempt(step: float, share: float) -> None:
+    def made(step: float, share: float) -> ClosedForm:
         target, solution, change = newton(step)
         if share:
             change = semantic * share + change if step else semantic * share
         key = len(change.joint)
         if key not in metrics:
             metrics[key] = fisher(change.joint, target.mean_p)
-        weights = {"Gauss-Newton step": step, "semantic change": share}
-        closed = replace(factorise(target, solution, change, metrics[key]), weights=weights)
-        tried[step, share] = mean_kl(closed.adapter(rank), statistics.base, statistics.target, validation), closed
+        weights = {STEP: step, SEMANTIC: share}
+        return replace(factorise(target, solution, change, metrics[key]), weights=weights)
 
-    def best() -> tuple[float, float]:
-        finite = [key for key in tried if math.isfinite(tried[key][0])]
-        if not finite:
-            raise ChassisError(
-                f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that "
-                "the expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
-            )
-        return min(finite, key=lambda key: tried[key][0])
+    def better(
+        best: ClosedForm | None, least: float, weights: Iterable[tuple[float, float]]
+    ) -> tuple[ClosedForm | None, float]:
+        for step, share in weights:
+            closed = made(step, share)
+            kl = mean_kl(closed.adapter(rank), statistics.base, statistics.target, validation)
+            if kl < least:
+                best, least = closed, kl
+        return best, least
 
-    if init == "semantic":
-        for share in (1.0, *SHARES):
-            attempt(0.0, share)
-        return tried[best()][1]
-    for step in STEPS:
-        attempt(step, 0.0)
-    if semantic is not None and init == "both":
-        step, _ = best()
-        for pair in itertools.product((step, step / 2), SHARES):
-            attempt(*pair)
-        return replace(tried[best()][1], statistics=newton(step)[0])  # whose lens is the step's
-    return tried[best()][1]
+    alone = [(0.0, share) for share in (1.0, *SHARES)] if init == "semantic" else [(step, 0.0) for step in STEPS]
+    first, least = better(None, math.inf, alone)
+    if first is None:
+        raise ChassisError(
+            f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that the "
+            "expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
+        )
+    if init != "both" or semantic is None:
+        return first
+    step = first.weights[STEP]
+    best, _ = better(first, least, itertools.product((step, step / 2), SHARES))
+    return replace(best, statistics=first.statistics)  # whose lens is that of the step alone

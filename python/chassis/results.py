@@ -65,6 +65,7 @@ def summarise(
             "gap_closed": scores.gap_closed(chosen),
         },
         "spectrum": result.closed.spectrum.tolist(),
+        "start": result.closed.weights,  # shares of what a start through a bridge is made of
         "refinement": refinement.summary() if refinement else None,
         "seconds": result.seconds | {"total": sum(v for k, v in result.seconds.items() if not k.endswith("_forward"))},
         "memory": {"moments_bytes": result.closed.statistics.n_bytes},
