@@ -1,6 +1,7 @@
 """Centred XᵀX and XᵀY of a batch: `Moments.update` against two products.
 
 `eager` does not centre, so its products are centred after the clock has stopped; `eager_centred` does what the op does.
+With `layers` that many x share a y: `chassis` merges all of them in one call, `chassis_separate` in a call each.
 """
 
 from __future__ import annotations
@@ -9,23 +10,79 @@ import torch
 
 from benchmarks.cases import DTYPES as _DTYPES
 from benchmarks.cases import Case, Provider, compiled, generator, simple
-from chassis_kernels import Moments
+from chassis_kernels import Moments, update_layers
 
 DTYPES = tuple(_DTYPES)
 _BOTH, _ALONE = [{"form": form} for form in ("X and Y", "X alone")]
 _BAR = {"N": 4096, "D": 2048}
+_LAYERS = [{"N": 2048, "D": d, "layers": layers} | _BOTH for d in (128, 768) for layers in (6, 24)]
 SHAPES = {
-    "tiny": [{"N": 40, "D": 12} | form for form in (_BOTH, _ALONE)] + [{"N": 64, "D": 8, "batches": 4} | _BOTH],
+    "tiny": [{"N": 40, "D": 12} | form for form in (_BOTH, _ALONE)]
+    + [{"N": 64, "D": 8, "batches": 4} | _BOTH]
+    + [{"N": 40, "D": 12, "layers": 3} | _BOTH],
     "quick": [{"N": 2048, "D": 512} | form for form in (_BOTH, _ALONE)] + [{"N": 2048, "D": 512, "batches": 64} | _BOTH],
     "default": [_BAR | _BOTH, _BAR | _ALONE, _BAR | {"batches": 64} | _BOTH],
-    "scaling": [{"N": n, "D": 2048} | _BOTH for n in (1024, 16384)]
+    "scaling": _LAYERS
+    + [{"N": n, "D": 2048} | _BOTH for n in (1024, 16384)]
     + [{"N": 4096, "D": d} | _BOTH for d in (512, 1000, 1024, 4096)],
     "gpu": [{"N": 1 << n, "D": d} | form for n, d in ((14, 2048), (18, 4096), (16, 8192)) for form in (_BOTH, _ALONE)],
 }
 
 
-def case(N: int, D: int, form: str, dtype: str, batches: int = 1) -> Case:
+def layered(N: int, D: int, layers: int, dtype: str) -> Case:
+    """`layers` x of D columns and one y."""
+
+    def make(device):
+        normal = generator(device)
+        return tuple(normal(N, D).to(_DTYPES[dtype]) for _ in range(layers + 1))
+
+    def plain(*inputs):
+        *xs, y = (rows.float() for rows in inputs)
+        return tuple(x.T @ other for x in xs for other in (x, y))
+
+    def truth(*inputs):
+        *xs, y = (rows.double() - rows.double().mean(0) for rows in inputs)
+        return tuple(x.T @ other for x in xs for other in (x, y))
+
+    def centre(products, *inputs):
+        *xs, y = (rows.double().mean(0) for rows in inputs)
+        pairs = ((x, other) for x in xs for other in (x, y))
+        return tuple(found.double() - N * torch.outer(*pair) for found, pair in zip(products, pairs, strict=True))
+
+    def together(*inputs):
+        *xs, y = inputs
+        sets = [Moments(D, D, device=y.device) for _ in xs]
+        return lambda: update_layers(sets, xs, y) or sets
+
+    def separate(*inputs):
+        *xs, y = inputs
+        sets = [Moments(D, D, device=y.device) for _ in xs]
+        return lambda: [moments.update(x, y).flush() for moments, x in zip(sets, xs, strict=True)]
+
+    def read(sets, *inputs):
+        return tuple(product for moments in sets for product in (moments.S, moments.C))
+
+    return Case(
+        "moments",
+        {"N": N, "D": D, "T": D, "layers": layers},
+        dtype,
+        make,
+        truth,
+        {
+            "eager": simple(plain, read=centre),
+            "chassis": Provider(together, read, op="moments_update_"),
+            "chassis_separate": Provider(separate, read, op="moments_update_"),
+            "compile": compiled(plain, read=centre),
+        },
+        flops=layers * (N * D * (D + 1) + 2 * N * D * D),
+        bytes=_DTYPES[dtype].itemsize * N * D * (layers + 1) + layers * 16 * (D * D / 2 + D * D),
+    )
+
+
+def case(N: int, D: int, form: str, dtype: str, batches: int = 1, layers: int = 1) -> Case:
     """`form` "X and Y" has T = D targets."""
+    if layers > 1:
+        return layered(N, D, layers, dtype)
     T = D if form == "X and Y" else 0
     size = _DTYPES[dtype].itemsize
 
