@@ -373,6 +373,9 @@ def test_an_interrupted_fit_says_how_to_go_on(work, tmp_path, monkeypatch):
     monkeypatch.setattr("chassis.fit.fit", stop)
     result = chassis("fit", *models(work), *text(work), *FIT, "-o", tmp_path)
     assert result.exit_code == 130 and "goes on" in result.stderr
+    monkeypatch.setattr("chassis.doctor.examine", stop)
+    result = chassis("doctor")
+    assert result.exit_code == 130 and result.stderr == "interrupted\n"
 
 
 def test_readme_s_python_runs(work, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from chassis.cli.terminal import Terminal, command
 from chassis.errors import ChassisError
 
 
-@command(app, "distill")
+@command(app, "distill", resumes=True)
 def distill(
     terminal: Terminal,
     arguments: Annotated[

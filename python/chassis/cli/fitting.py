@@ -12,7 +12,7 @@ from chassis.cli.terminal import Terminal, command
 from chassis.errors import ChassisError
 
 
-@command(app, "fit")
+@command(app, "fit", resumes=True)
 def fit(
     terminal: Terminal,
     base: options.Base,
@@ -51,7 +51,7 @@ def fit(
     return _fit(terminal, base, expert, bridge, sources, settings, (max_tokens, max_test_tokens), dtype, device, out)
 
 
-@command(app, "sweep")
+@command(app, "sweep", resumes=True)
 def sweep(
     terminal: Terminal,
     base: options.Base,

@@ -51,11 +51,11 @@ class Terminal:
             yield report
 
 
-def command(app: typer.Typer, name: str) -> Callable:
+def command(app: typer.Typer, name: str, resumes: bool = False) -> Callable:
     """Register `function(terminal, ...) -> dict` under `name`, with --json and --debug added.
 
     The dict is what --json prints. A ChassisError becomes one red line on stderr and exit code 2, and with --json also
-    {"error": message} on stdout.
+    {"error": message} on stdout. `resumes`: the same command goes on where one was interrupted.
     """
 
     def register(function: Callable[..., dict]) -> Callable:
@@ -64,7 +64,7 @@ def command(app: typer.Typer, name: str) -> Callable:
 
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options) -> None:
-            _run(function, Terminal(as_json), as_json, debug, options)
+            _run(function, Terminal(as_json), as_json, debug, resumes, options)
 
         added = [
             inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JSON_OPTION),
@@ -79,13 +79,15 @@ def command(app: typer.Typer, name: str) -> Callable:
     return register
 
 
-def _run(function: Callable[..., dict], terminal: Terminal, as_json: bool, debug: bool, options: dict) -> None:
+def _run(
+    function: Callable[..., dict], terminal: Terminal, as_json: bool, debug: bool, resumes: bool, options: dict
+) -> None:
     stdout = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result = function(terminal, **options)
     except KeyboardInterrupt:
-        terminal.messages.print("[yellow]interrupted[/]: the same command goes on where a fit was stopped")
+        terminal.messages.print("[yellow]interrupted[/]" + ": the same command goes on from what it kept" * resumes)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if debug or not _is_users(error):
