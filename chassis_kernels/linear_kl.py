@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels.reference import linear_kl as reference
+
+KEPT_ROWS = 192  # whose logits exist together where gradients are made with the KL
+TILE = 128  # columns, as in csrc/cpu/linear_kl_logits.h
 
 _INPUTS = (
     "Tensor h_a, Tensor W_a, Tensor h_b, Tensor? W_b, Tensor? bias_a, Tensor? bias_b, Tensor? u, Tensor? v, Tensor? c, "
@@ -61,9 +64,9 @@ def linear_kl(
     with NaN or without any finite logit gives NaN. The result is float32 (float64 if an input is, on the reference
     backend), unclamped: two equal distributions may give -1e-7. Differentiable in delta's u, v and c alone.
 
-    On the CPU the gradients are made in the same pass as the KL and held until backward, [N, r], [r, V] and [V] in float32,
-    and 2 · 192 · V more floats exist meanwhile. Where the upstream gradient differs from row to row (a sum or mean gives
-    every row the same), those for v and c take a second pass.
+    On the CPU the gradients are made in the same pass as the KL and held until backward: [N, r], [r, V] and [V] in float32,
+    and meanwhile the logits of 192 rows of both sides, in memory that stays for the next call (`pages.release`). Where the
+    upstream gradient differs from row to row (a sum or mean gives every row the same), those for v and c take a second pass.
 
     Raises ValueError for shapes that do not fit and RuntimeError where a hidden state, W or bias requires grad.
     """
@@ -219,17 +222,19 @@ def _cpu_args(inputs) -> tuple[list[Tensor | None], tuple]:
     return kept, (*map(backends.matrix_args, kept), softcap_a or 0.0, softcap_b or 0.0, scale_a, scale_b)
 
 
-def _cpu(*inputs, grads=(None, None, None)):
+def _cpu(*inputs, grads=(None, None, None), room=None):
     kept, arguments = _cpu_args(inputs)
     out = tuple(kept[0].new_empty(len(kept[0]), dtype=d) for d in (torch.float32, *_STATS_DTYPES))
-    backends._C.linear_kl(arguments, tuple(map(_address, out)), tuple(map(_address, grads)))
+    backends._C.linear_kl(arguments, tuple(map(_address, out)), tuple(map(_address, grads)), backends.matrix_args(room))
     return out
 
 
 def _cpu_with_gradients(*inputs):
     *inputs, needs = inputs
     grads = _gradients(inputs, needs)
-    out = _cpu(*inputs, grads=[grad if need else None for grad, need in zip(grads, needs, strict=True)])
+    n, vocabulary = len(inputs[0]), len(inputs[1])
+    room = pages.empty((min(n, KEPT_ROWS), 2 * TILE * -(-vocabulary // TILE)), torch.float32)
+    out = _cpu(*inputs, grads=[grad if need else None for grad, need in zip(grads, needs, strict=True)], room=room)
     return *out, *grads
 
 

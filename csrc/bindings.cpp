@@ -132,12 +132,13 @@ PYBIND11_MODULE(_C, m) {
                               stride_U, stride_V, stride_cols, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
     DISPATCH(delta_logits_(args));
   });
-  m.def("linear_kl", [](const py::tuple& inputs, const py::tuple& result, const py::tuple& grads) {
+  m.def("linear_kl", [](const py::tuple& inputs, const py::tuple& result, const py::tuple& grads, const py::object& room) {
     chassis::LinearKL args = linear_kl_args(inputs);
     chassis::LinearKLResult out{at<float>(result, 0), at<double>(result, 1), at<double>(result, 2), at<int64_t>(result, 3),
                                 at<int64_t>(result, 4)};
     chassis::LinearKLGradients wanted = linear_kl_gradients(grads);
-    DISPATCH(linear_kl(args, out, wanted));
+    Matrix kept = matrix(room);
+    DISPATCH(linear_kl(args, out, wanted, kept));
   });
   m.def("linear_kl_backward", [](const py::tuple& inputs, uintptr_t grad, uintptr_t lse_a, uintptr_t lse_b,
                                  const py::tuple& grads) {

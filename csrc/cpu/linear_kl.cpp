@@ -18,7 +18,6 @@ namespace CHASSIS_ISA {
 namespace {
 
 constexpr int64_t kRowChunk = 1024 / kBlock * kBlock;  // rows packed at a time
-constexpr int64_t kKeptRows = 192 / kBlock * kBlock;   // rows whose logits are kept until their log-sum-exps are known
 constexpr int64_t kForkWork = 1 << 17;                 // multiply-adds that repay waking the other threads
 
 double sum64(vf v) {
@@ -143,8 +142,9 @@ struct Problem {
         int64_t here = std::min(kBlock, rows - i), at = i / kBlock;
         float* za = kept ? kept + (2 * t * rows + i) * kTile : z.get();
         float* zb = za + (kept ? rows : kBlock) * kTile;
-        a.logits(packed_a + at * a.rows_size(), first + i, here, tile_a.get(), column, columns, za);
-        b.logits(packed_b + at * b.rows_size(), first + i, here, tile_b.get(), column, columns, zb);
+        int64_t next = i + kBlock >= rows ? column + kTile : vocabulary;
+        a.logits(packed_a + at * a.rows_size(), first + i, here, tile_a.get(), column, columns, za, next);
+        b.logits(packed_b + at * b.rows_size(), first + i, here, tile_b.get(), column, columns, zb, next);
         block(i, here, column, columns, za, zb);
       }
     });
@@ -236,20 +236,20 @@ class Gradients {
 
 }  // namespace
 
-void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGradients& grads) {
+void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGradients& grads, const Matrix& room) {
   Problem p(args);
-  const bool keep = grads.u || grads.v || grads.c;
-  const int64_t most = std::min(keep ? kKeptRows : kRowChunk, p.n), blocks = ceil_div(most, kBlock);
-  Buffer packed_a(blocks * p.a.rows_size()), packed_b(blocks * p.b.rows_size()), kept(keep ? 2 * most * p.tiles * kTile : 0);
+  float* const kept = static_cast<float*>(room.data);
+  const int64_t most = std::min(kept ? room.rows : kRowChunk, p.n), blocks = ceil_div(most, kBlock);
+  Buffer packed_a(blocks * p.a.rows_size()), packed_b(blocks * p.b.rows_size());
   std::vector<State> states(p.threads * most);
-  const Gradients gradients(p, keep ? most : 0, nullptr, out.lse_a, out.lse_b, grads);
+  const Gradients gradients(p, kept ? most : 0, nullptr, out.lse_a, out.lse_b, grads);
 #pragma omp parallel num_threads(p.threads)
   for (int64_t first = 0; first < p.n; first += most) {
     const int64_t rows = std::min(most, p.n - first);
     State* mine = states.data() + omp_get_thread_num() * rows;
     std::fill_n(mine, rows, State());
     p.pack_rows(first, rows, packed_a.get(), packed_b.get());
-    p.walk(first, rows, packed_a.get(), packed_b.get(), keep ? kept.get() : nullptr, [](int64_t, int64_t) {},
+    p.walk(first, rows, packed_a.get(), packed_b.get(), kept, [](int64_t, int64_t) {},
            [&](int64_t row, int64_t count, int64_t column, int64_t, const float* za, const float* zb) {
              for (int64_t i = 0; i < count; ++i) fold(za + i * kTile, zb + i * kTile, column, mine[row + i]);
            });
@@ -264,11 +264,11 @@ void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGr
       out.argmax_a[first + i] = total.a.argmax;
       out.argmax_b[first + i] = total.b.argmax;
     }
-    if (!keep) continue;
+    if (!kept) continue;
     Gradients::Scratch scratch(gradients);
     gradients.begin(first, rows);
     p.each_tile([&](int64_t t, int64_t column, int64_t columns) {
-      float* za = kept.get() + 2 * t * rows * kTile;
+      float* za = kept + 2 * t * rows * kTile;
       gradients.tile(column, columns, scratch);
       for (int64_t i = 0; i < rows; i += kBlock)
         gradients.block(first, rows, i, std::min(kBlock, rows - i), column, columns, za + i * kTile, za + (rows + i) * kTile, scratch);

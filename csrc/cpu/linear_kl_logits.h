@@ -11,9 +11,10 @@
 namespace chassis {
 namespace CHASSIS_ISA {
 
-constexpr int64_t kTile = 8 * kNr;          // columns: 256, 128 or 64
+constexpr int64_t kTile = 128;              // columns: a tile of both heads, packed and to be packed, stays near
 constexpr int64_t kBlock = 96 / kMr * kMr;  // rows
 constexpr int64_t kSum = 128;               // additions per running sum: longer ones lose digits
+static_assert(kTile % kNr == 0, "panels must be whole");
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // One term of the logits: left [rows, depth] times right, which is [columns, depth] or, across, [depth, columns].
@@ -32,11 +33,26 @@ struct Product {
   void pack_right(int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) const {
     pack_operand<kNr>(right, column, columns, k, depth, across ? 1 : right.stride, across ? right.stride : 1, out);
   }
-  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, float* out, bool accumulate) const {
-    way.multiply(a, rows, b, columns, depth, out, kTile, accumulate);
+  // A tile of the registers after another. Meanwhile the next columns, from `next` on, are fetched for these depth steps.
+  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t k, int64_t depth, float* out, bool accumulate,
+                int64_t next) const {
+    const int64_t steps = way.steps(depth), lines = round_up(rows, kMr);
+    for (int64_t j = 0; j < columns; j += kNr)
+      for (int64_t i = 0; i < rows; i += kMr) {
+        if (!across) fetch(next + j + kNr * i / lines, next + j + kNr * (i + kMr) / lines, k, depth);
+        way.multiply(a + i * steps, std::min<int64_t>(kMr, rows - i), b + j * steps, std::min<int64_t>(kNr, columns - j), depth,
+                     out + i * kTile + j, kTile, accumulate);
+      }
   }
 
  private:
+  void fetch(int64_t first, int64_t last, int64_t k, int64_t depth) const {
+    const int64_t size = right.dtype == DType::fp32 ? 4 : 2;
+    for (int64_t row = first; row < std::min(last, right.rows); ++row)
+      for (int64_t at = 0; at < depth * size; at += 64)
+        __builtin_prefetch(static_cast<const char*>(right.data) + (row * right.stride + k) * size + at, 0, 2);
+  }
+
   template <int kWidth>
   void pack_operand(const Matrix& m, int64_t i, int64_t n, int64_t k, int64_t depth, int64_t stride, int64_t depth_stride,
                     float* out) const {
@@ -81,11 +97,13 @@ class Side {
       });
   }
 
-  // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns.
-  void logits(const float* block, int64_t row, int64_t rows, const float* tile, int64_t column, int64_t columns, float* z) const {
+  // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns; `next` is the column of the tile
+  // that is packed next, for the last block alone.
+  void logits(const float* block, int64_t row, int64_t rows, const float* tile, int64_t column, int64_t columns, float* z,
+              int64_t next) const {
     bool first = true;
-    each_depth([&](const Product& p, int64_t, int64_t steps, int64_t at) {
-      p.multiply(block + at * kBlock, rows, tile + at * kTile, columns, steps, z, !first);
+    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
+      p.multiply(block + at * kBlock, rows, tile + at * kTile, columns, k, steps, z, !first, next);
       first = false;
     });
     if (first) std::fill_n(z, rows * kTile, 0.0f);

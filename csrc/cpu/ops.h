@@ -36,7 +36,8 @@ struct LinearKLResult {
   double *lse_a, *lse_b;
   int64_t *argmax_a, *argmax_b;
 };
-struct LinearKLGradients { float *u, *v, *c; };  // null: not wanted; v and c zeroed by the caller
+// null: not wanted; v and c zeroed by the caller. Beside the KL they need `room` [rows, 2 V, whole tiles] for logits, else null.
+struct LinearKLGradients { float *u, *v, *c; };
 
 // student [N_s, >= width] and teacher [N_t, >= vocabulary] logits, the projection by teacher token (start [vocabulary + 1],
 // rows, weights), the k teacher columns compared, the chunk of every row (-1: none), and the student rows' labels (null or
@@ -150,7 +151,8 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void convert(const Matrix& x, const Matrix& out);                                                              \
   void moments_update(const std::vector<MomentsUpdate>& layers);                                                 \
   void delta_logits_(const DeltaLogits& args);                                                                   \
-  void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGradients& grads);               \
+  void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGradients& grads,               \
+                 const Matrix& room);                                                                            \
   void linear_kl_backward(const LinearKL& args, const float* grad, const double* lse_a, const double* lse_b,     \
                           const LinearKLGradients& out);                                                         \
   void projection_kl(const ProjectionKL& args, const ProjectionKLResult& out);                                   \
