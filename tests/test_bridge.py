@@ -9,6 +9,7 @@ from bridge_problems import bpe, random_logits
 from chassis.bridge import Bridge, ExpertStates, lookahead, text_windows, tree_logits
 from chassis.bridge.lookahead import lookaheads
 from chassis.bridge.rules import METHODS
+from chassis.bridge.states import trees_logits
 from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, add, byte_level, metaspace_bpe, sentencepiece_bpe, unigram, wordpiece
@@ -313,6 +314,9 @@ def test_tree_in_one_pass_equals_each_path_alone(tiny_lm, tiny_tokenizer, base):
         states = ExpertStates(model, 0)
         parts = [states.grow(plan.tree.tokens[s], plan.tree.parent[s]) for s in (slice(0, 5), slice(5, None))]
         assert torch.allclose(torch.cat(parts), logits, atol=1e-4)
+        others = [bridge.plan(text).tree for text in ("the", "dog's", "quick foxes jump over")]
+        each = [tree_logits(model, tree, 0) for tree in (plan.tree, *others)]
+        assert torch.allclose(trees_logits(model, [plan.tree, *others], 0), torch.cat(each), atol=1e-4)
 
 
 def test_lookahead_sums_to_one_and_lowers_uncertainty(tiny_lm, tiny_tokenizer, base):

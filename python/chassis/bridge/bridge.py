@@ -149,7 +149,7 @@ class Bridge:
         """
         self._check_logits(logits, len(plan.tree))
         if self.identical:
-            return self._same(logits[: len(plan)], temperature)
+            return self._same(logits[torch.from_numpy(plan.ended)], temperature)
         states = States(plan, logits, self.under_way, self.padding, temperature)
         blocked = self._blocked(plan.previous) if masked else None
         if self.asks_base:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 
 from chassis.bridge.bridge import FLOOR, Bridge
 from chassis.bridge.plan import Plan
-from chassis.bridge.states import tree_logits
+from chassis.bridge.states import trees_logits
+from chassis.bridge.stretches import starts
 from chassis.bridge.windows import text_windows
 from chassis.errors import BridgeError
 from chassis.experts import Readout
@@ -18,6 +19,7 @@ from chassis.probes import Window
 from chassis.text.corpus import Document
 
 PLANS = 4096  # texts whose plans are kept: refinement comes back to them
+CELLS = 4_000_000  # logits of the expert at hand at once
 
 
 class BridgedExpert:
@@ -65,25 +67,42 @@ class BridgedExpert:
         return [found[key] for key in sorted(found)]
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
-        width = self.bridge.base.width
-        out = torch.full((*input_ids.shape, width), torch.inf, device=base_final.device)
+        is_text = self.bridge.base.is_text
+        out = torch.full((*input_ids.shape, self.bridge.base.width), torch.inf, device=base_final.device)
+        flat, places, following, plans = out.flatten(0, 1), [], [], []
         for row, (ids, mask) in enumerate(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True)):
-            ids = ids[mask]
-            text = ids[self.bridge.base.is_text[ids]]
-            plan = self._plan(text.tobytes())
-            logits = tree_logits(self.model, plan.tree, self.start_id)
+            plan = self._plan(ids[mask & is_text[ids]].tobytes())
             # Row t predicts what follows position t: the text token of that number.
-            following = torch.from_numpy(np.cumsum(self.bridge.base.is_text[ids]))
-            known = following < len(plan)
+            number = np.cumsum(is_text[ids[mask]])
+            places.append(row * len(mask) + np.flatnonzero(mask)[number < len(plan)])
+            following.append(number[number < len(plan)])
+            plans.append(plan)
+        for group in self._groups(plans):
+            some = [plans[row] for row in group]
+            logits = trees_logits(self.model, [plan.tree for plan in some], self.start_id)
             if self.aligned_only:
-                q, aligned = self._aligned(plan, logits)
-                known &= aligned[following.clamp_max(len(plan) - 1)]
+                q, aligned = self._aligned(some[0], logits)
             else:
-                q = self.bridge.apply(plan, logits).log_q.exp()
-            log_q = ((1 - FLOOR) * q + self._floor.to(q)).log()
-            places = torch.from_numpy(np.flatnonzero(mask))[known]
-            out[row, places.to(out.device)] = log_q[following[known].to(log_q.device)].to(out.device)
+                q = self.bridge.apply(Plan.join(some), logits).log_q.exp_()
+            log_q = q.mul_(1 - FLOOR).add_(self._floor.to(q)).log_()
+            begin = starts([len(plan) for plan in some])
+            source = torch.from_numpy(np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)]))
+            place = torch.from_numpy(np.concatenate([places[row] for row in group]))
+            if self.aligned_only:
+                source, place = source[aligned[source]], place[aligned[source]]
+            flat[place.to(out.device)] = log_q[source.to(log_q.device)].to(out.device)
         return out
+
+    def _groups(self, plans: Sequence[Plan]) -> Iterator[list[int]]:
+        """Texts that are read at once: CELLS logits, trees of like numbers of branches, which are padded to the most."""
+        group: list[int] = []
+        for row in sorted(range(len(plans)), key=lambda row: len(plans[row].tree) - plans[row].tree.n_trunk):
+            cells = (len(group) + 1) * len(plans[row].tree) * self.bridge.expert.width
+            if group and (cells > CELLS or self.aligned_only):
+                yield group
+                group = []
+            group.append(row)
+        yield group
 
     def _aligned(self, plan: Plan, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q [n, V] as if an expert token had ended at every base position; where one did [n], read off the whole text."""

@@ -126,22 +126,39 @@ class UnderWay:
         self._options: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         self._encodings: dict[bytes, list[list[int]]] = {}
+        self._stays: dict[int, bool] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
 
     def encodings(self, beginnings: list[bytes]) -> dict[bytes, list[list[int]]]:
-        """The encodings of each beginning of a piece, as they come about before FOLLOWING."""
+        """The encodings of each beginning of a piece, as they come about before FOLLOWING; as at the end of a text first."""
         if len(self._encodings) > KEPT:
             self._encodings.clear()
         missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
-        texts = [text + after for text in map(bytes.decode, missing) for after in FOLLOWING]
-        for i, ids in enumerate(self.mask.tokens.ids_of(texts)):
-            data = missing[i // len(FOLLOWING)]
-            found = self._encodings.setdefault(data, [])
-            ends = self._ends(ids, texts[i])
-            n = bisect_right(ends, len(data))
-            if (n and ends[n - 1] == len(data) or not data) and ids[:n] not in found:
-                found.append(ids[:n])
+        alone = self.mask.tokens.ids_of(list(map(bytes.decode, missing)))
+        self._encodings.update((data, [ids]) for data, ids in zip(missing, alone, strict=True))
+        moved = self._moved({ids[-1] for ids in alone if ids})
+        self._before_others([data for data, ids in zip(missing, alone, strict=True) if ids and ids[-1] in moved])
         return self._encodings
+
+    def _moved(self, tokens: set[int]) -> set[int]:
+        """Those tokens that are not what their text is encoded as, whatever follows. Patterns look ahead from the last token
+        alone: a text that ends with another token is encoded in one way."""
+        texts = self.mask.texts
+        asked = [token for token in tokens if token not in self._stays and texts[token] is not None]
+        found = iter(self.mask.tokens.ids_of([texts[token] + after for token in asked for after in FOLLOWING]))
+        self._stays |= dict.fromkeys(tokens - self._stays.keys(), False)
+        for token in asked:
+            self._stays[token] = all([next(found)[:1] == [token] for _ in FOLLOWING])
+        return {token for token in tokens if not self._stays[token]}
+
+    def _before_others(self, beginnings: list[bytes]) -> None:
+        texts = [data.decode() + after for data in beginnings for after in FOLLOWING[1:]]
+        for i, ids in enumerate(self.mask.tokens.ids_of(texts)):
+            data = beginnings[i // (len(FOLLOWING) - 1)]
+            ends, found = self._ends(ids, texts[i]), self._encodings[data]
+            n = bisect_right(ends, len(data))
+            if n and ends[n - 1] == len(data) and ids[:n] not in found:
+                found.append(ids[:n])
 
     def _ends(self, ids: list[int], text: str) -> list[int]:
         """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""

@@ -9,7 +9,6 @@ tokens behind it tell apart. All groups are tried behind one token of each state
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
@@ -22,7 +21,7 @@ from chassis.text.token_bytes import TokenBytes
 JOINED, SPLIT, BROKEN = 0, 1, 2  # one pre-token; two, between the tokens; a split inside one of the tokens
 APOSTROPHES = "'’"
 CONTRACTED = ("s", "t", "re", "ve", "m", "ll", "d")
-LEFTS = 128
+LEFTS = 64
 SHORT = re.compile(r"[a-zA-Z0-9\s]*", re.ASCII)
 HEAD = re.compile(r"[a-zA-ZÀ-ɏ]{0,3}")
 RUNS = re.compile(r"(a|A)\1{3,}")
@@ -57,9 +56,9 @@ class PreTokens:
     @cached_property
     def _probes(self) -> list[str]:
         """What tells apart the tokens before it: single characters, and up to three letters, digits and spaces of ASCII; of
-        those that behave alike behind LEFTS of themselves one."""
+        those that behave alike behind each other, the ASCII ones and LEFTS of the rest, one."""
         short = [m for m in self._members if len(m) == 1 or len(m) <= 3 and SHORT.fullmatch(m)]
-        lefts = sorted(short, key=lambda m: not m.isascii())[:LEFTS]
+        lefts = [m for m in short if m.isascii()] + [m for m in short if not m.isascii()][:LEFTS]
         behave = np.array([self._outcomes(left, short)[: len(FOLLOWING)] for left in lefts])
         _, first = np.unique(behave.reshape(-1, len(short)), axis=1, return_index=True)
         return [short[i] for i in np.sort(first).tolist()]
@@ -83,19 +82,20 @@ class PreTokens:
 
     def _outcomes(self, left: str, rights: list[str], following: Sequence[str] = FOLLOWING) -> np.ndarray:
         """JOINED, SPLIT or BROKEN [surroundings, rights] int8."""
-        around = list(itertools.product(_before(left), following))
+        befores = _before(left)
         if self._pre is None:
-            return np.full((len(around), len(rights)), JOINED, dtype=np.int8)
+            return np.full((len(befores) * len(following), len(rights)), JOINED, dtype=np.int8)
         normal = (lambda t: t) if self._normalizer is None else self._normalizer.normalize_str
         found = []
-        for before, after in around:
+        for before in befores:
             begin, middle = len(normal(before)), len(normal(before + left))
-            for right in rights:
-                end = len(normal(before + left + right))
-                splits = self._pre.pre_tokenize_str(normal(before + left + right + after))
-                begins = {place for _, (place, _) in splits if begin < place < end}
-                found.append(JOINED if not begins else SPLIT if begins == {middle} else BROKEN)
-        return np.array(found, dtype=np.int8).reshape(len(around), len(rights))
+            ends = [len(normal(before + left + right)) for right in rights]
+            for after in following:
+                for right, end in zip(rights, ends, strict=True):
+                    splits = self._pre.pre_tokenize_str(normal(before + left + right + after))
+                    begins = [place for _, (place, _) in splits if begin < place < end]
+                    found.append(JOINED if not begins else SPLIT if begins == [middle] else BROKEN)
+        return np.array(found, dtype=np.int8).reshape(-1, len(rights))
 
 
 def _grouped(keys: Iterable[Hashable], texts: list[str]) -> tuple[np.ndarray, list[str]]:
