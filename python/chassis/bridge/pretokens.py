@@ -46,7 +46,7 @@ class PreTokens:
         exact = any(mark in text[-3:] for mark in APOSTROPHES)
         key = kinds(text, exact=exact) + "".join(_before(text)), exact
         if key not in self._kinds:
-            probes = [*self._probes, *(head for head in self._heads[1] if exact and len(head) <= 2)]
+            probes = [*self._probes, *self._contracted] if exact else self._probes
             seen = self._outcomes(text, probes).tobytes() + bytes([exact])
             if seen not in self._classes:
                 self._classes[seen] = self._all_outcomes(text, exact)
@@ -59,9 +59,21 @@ class PreTokens:
         those that behave alike behind each other, the ASCII ones and LEFTS of the rest, one."""
         short = [m for m in self._members if len(m) == 1 or len(m) <= 3 and SHORT.fullmatch(m)]
         lefts = [m for m in short if m.isascii()] + [m for m in short if not m.isascii()][:LEFTS]
-        behave = np.array([self._outcomes(left, short)[: len(FOLLOWING)] for left in lefts])
-        _, first = np.unique(behave.reshape(-1, len(short)), axis=1, return_index=True)
-        return [short[i] for i in np.sort(first).tolist()]
+        return self._unlike(short, lefts)
+
+    @cached_property
+    def _contracted(self) -> list[str]:
+        """What else tells apart tokens with an apostrophe: one or two letters, of those that behave alike one."""
+        lefts = [t for t in dict.fromkeys([*APOSTROPHES, *self._known]) if len(t) <= 2 and any(m in t for m in APOSTROPHES)]
+        return self._unlike([head for head in self._heads[1] if len(head) <= 2], lefts[:LEFTS])
+
+    def _unlike(self, rights: list[str], lefts: list[str]) -> list[str]:
+        """One of all `rights` that are split in the same way behind each of `lefts`."""
+        if not rights:
+            return []
+        behave = np.array([self._outcomes(left, rights)[: len(FOLLOWING)] for left in lefts])
+        _, first = np.unique(behave.reshape(-1, len(rights)), axis=1, return_index=True)
+        return [rights[i] for i in np.sort(first).tolist()]
 
     @cached_property
     def _heads(self) -> tuple[np.ndarray, list[str]]:
