@@ -128,6 +128,17 @@ def register(
     return op
 
 
+def no_second_derivative(op: str, instead: str) -> None:
+    """Let a backward through the backward op of `op` raise RuntimeError, which says what to use `instead`."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op} has no second derivative: {instead}")
+
+    torch.library.register_autograd(
+        f"chassis::{op}_backward", refuse, setup_context=lambda ctx, inputs, output: None, lib=library
+    )
+
+
 def _plain(args: tuple) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
     if torch.compiler.is_compiling():  # asked first: the compiler cannot trace the questions below

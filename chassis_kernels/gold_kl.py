@@ -108,10 +108,6 @@ def _backward(ctx, grad_common, grad_l1, _):
     return torch.ops.chassis.gold_kl_backward(*grads, *tensors, *options), *(None,) * 9
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("gold_kl has no second derivative: use xtoken_loss(..., eager=True)")
-
-
 def _reference_(out, weight, *arguments):
     parts = reference.gold_kl(*arguments)
     out.copy_(reference.gold_kl_backward(weight, weight, *arguments))
@@ -203,9 +199,4 @@ backends.register(
     triton=backends.triton_kernel("gold_kl", "gold_kl_"),
 )
 torch.library.register_autograd("chassis::gold_kl", _backward, setup_context=_setup_context, lib=backends.library)
-torch.library.register_autograd(
-    "chassis::gold_kl_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=backends.library,
-)
+backends.no_second_derivative("gold_kl", "use xtoken_loss(..., eager=True)")

@@ -226,10 +226,6 @@ def _backward(ctx, grad, agree, grad_nll, correct):
     return *grads, *(None,) * (len(inputs) - 3)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("linear_projection_kl has no second derivative: use reference.linear_projection_kl.loss")
-
-
 def _outputs(hidden, weight, *arguments) -> tuple[Tensor, ...]:
     """Zeroed room for kl, agree, nll and correct."""
     labelled = 0 if arguments[10] is None else hidden.shape[0]
@@ -323,9 +319,4 @@ backends.register(
 torch.library.register_autograd(
     "chassis::linear_projection_kl", _backward, setup_context=_setup_context, lib=backends.library
 )
-torch.library.register_autograd(
-    "chassis::linear_projection_kl_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=backends.library,
-)
+backends.no_second_derivative("linear_projection_kl", "use reference.linear_projection_kl.loss")

@@ -195,10 +195,6 @@ def _backward(ctx, grad, agree, grad_nll, *_):
     return torch.ops.chassis.projection_kl_backward(grad, grad_nll, *inputs, *rows), *(None,) * 13
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("projection_kl has no second derivative: use xtoken_loss(..., eager=True)")
-
-
 def _reference_(out, weight, nll_weight, *arguments):
     kl, agree, nll, *rows = reference.projection_kl(*arguments)
     out.copy_(reference.projection_kl_backward(weight, nll_weight, *arguments, *rows))
@@ -347,9 +343,4 @@ backends.register(
     triton=backends.triton_kernel("top_columns", "top_columns"),
 )
 torch.library.register_autograd("chassis::projection_kl", _backward, setup_context=_setup_context, lib=backends.library)
-torch.library.register_autograd(
-    "chassis::projection_kl_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=backends.library,
-)
+backends.no_second_derivative("projection_kl", "use xtoken_loss(..., eager=True)")

@@ -130,10 +130,6 @@ def _backward(ctx, grad):
     return torch.ops.chassis.token_kl_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.reverse), *(None,) * 5
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("token_kl has no second derivative: use xtoken_loss(..., eager=True)")
-
-
 def _reference_(out, weight, *arguments) -> Tensor:
     kl = reference.token_kl(*arguments)
     out.copy_(reference.token_kl_backward(weight, *arguments))
@@ -223,9 +219,4 @@ backends.register(
     triton=backends.triton_kernel("token_kl", "token_kl_"),
 )
 torch.library.register_autograd("chassis::token_kl", _backward, setup_context=_setup_context, lib=backends.library)
-torch.library.register_autograd(
-    "chassis::token_kl_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=backends.library,
-)
+backends.no_second_derivative("token_kl", "use xtoken_loss(..., eager=True)")
