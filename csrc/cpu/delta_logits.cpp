@@ -18,10 +18,11 @@ namespace chassis {
 namespace CHASSIS_ISA {
 namespace {
 
+constexpr int64_t kFewRows = 128;       // of an adapter; below it packing U and V costs more than it saves,
+constexpr int64_t kFewPairs = 64;       // or, with pairs of bf16, whose V is multiplied twice
 constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packed panel
 constexpr int64_t kSum = 64;            // products per running sum: longer ones lose digits
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
-constexpr int64_t kFetchRows = 4;       // below it one pass over V is too short to fetch logits during it
 constexpr int64_t kMeanLines = 3;       // bf16 that add up to an fp32
 
 // Rows of activations as [chunk of kKc columns][row][kKc]: a stride known to the compiler saves an address per row.
@@ -80,13 +81,51 @@ struct Packed {
 
 struct Group { int64_t adapter, first, rows; };  // `rows` entries of the row order from `first` on
 
+// Cache lines to fetch a few at a time while something else is computed: all ids of a part in all of its rows.
+class Ahead {
+ public:
+  void add(const int64_t* rows, int64_t count, const Columns& columns, int64_t from, int64_t across, int64_t line) {
+    int64_t first = ids.size();
+    columns.cache_lines(from, across, line, ids);
+    parts.push_back({rows, count, first, int64_t(ids.size())});
+    left += count * (int64_t(ids.size()) - first);
+  }
+  // The next lines, all that are left in `calls` calls.
+  void fetch(const Matrix& logits, int64_t calls) {
+    int64_t now = ceil_div(left, std::max<int64_t>(calls, 1));
+    left -= now;
+    with_type(logits, [&](auto* data) {
+      while (now > 0) {
+        const Part& part = parts[at];
+        auto* to = data + part.rows[row] * logits.stride;
+        int64_t end = std::min(part.last, part.first + place + now);
+        now -= end - part.first - place;
+        for (int64_t j = part.first + place; j < end; ++j) __builtin_prefetch(to + ids[j], 1);
+        place = end - part.first;
+        if (end < part.last) continue;
+        place = 0;
+        if (++row == part.count) row = 0, ++at;
+      }
+    });
+  }
+
+ private:
+  struct Part { const int64_t* rows; int64_t count, first, last; };
+  std::vector<Part> parts;
+  std::vector<int64_t> ids;
+  int64_t at = 0, row = 0, place = 0, left = 0;
+};
+
 class Update {
  public:
   explicit Update(const DeltaLogits& args) : g(args), width(args.hidden.cols), rank(args.U.cols), columns(args.V.cols) {
     group_rows();
     int64_t n = row_order.size();
     threads = n * rank * (width + columns) < kForkWork ? 1 : omp_get_max_threads();
-    many = n >= std::max<int64_t>(128, 2 * kMr * threads);
+    block_rows = std::min(kRowBlocks * kMr, round_up(ceil_div(n, threads), kMr));
+    pairs = has_bf16_products();
+    for (const Matrix* m : {&g.logits, &g.hidden, &g.U, &g.V}) pairs &= m->dtype == DType::bf16;
+    many = n >= std::max<int64_t>((pairs ? kFewPairs : kFewRows) * groups.size(), 2 * kMr * threads);
     if (columns)
       for (size_t i = 0; i < (g.stride_cols ? groups.size() : 1); ++i)
         changed.push_back({g.cols ? g.cols + (g.stride_cols ? groups[i].adapter * g.stride_cols : 0) : nullptr, columns,
@@ -108,7 +147,8 @@ class Update {
   const DeltaLogits& g;
   const int64_t width, rank, columns;
   int threads = 1;
-  bool many = false;
+  bool many = false, pairs = false;  // pairs: few rows are multiplied as pairs of bf16
+  int64_t block_rows = 0;  // of many rows, at most
   std::vector<int64_t> row_order;  // rows with an adapter, grouped by adapter
   std::vector<Group> groups;
   std::vector<Columns> changed;    // of each group, or the first's for all
@@ -157,7 +197,7 @@ class Update {
   }
 
   // Lines of a group before U (hidden, and then the parts of the mean) and before V (the products of rank r).
-  int64_t mean_lines(bool pairs) const { return pairs && g.mean.data ? kMeanLines : 0; }
+  int64_t mean_lines() const { return pairs && g.mean.data ? kMeanLines : 0; }
 
   // Columns of a strip: few enough for its sums to stay in L1, and for each thread to have one.
   int64_t strip(int64_t lines, int64_t count) const {
@@ -166,14 +206,14 @@ class Update {
   }
 
   // Lines [.., kKc or kKc / 2] of hidden states for steps [k, k + depth), filled up to whole steps.
-  void fill(bool pairs, const Group& group, int64_t k, int64_t depth, float* out, int64_t ld) const {
-    for (int64_t i = 0; i < group.rows + mean_lines(pairs); ++i) std::fill_n(out + i * ld, ld, 0.0f);
+  void fill(const Group& group, int64_t k, int64_t depth, float* out, int64_t ld) const {
+    for (int64_t i = 0; i < group.rows + mean_lines(); ++i) std::fill_n(out + i * ld, ld, 0.0f);
     for (int64_t i = 0; i < group.rows; ++i) {
       int64_t row = row_order[group.first + i];
       if (pairs) std::memcpy(out + i * ld, static_cast<const bf16*>(g.hidden.data) + row * g.hidden.stride + k, 2 * depth);
       else centre(group.adapter, row, k, depth, out + i * ld);
     }
-    if (mean_lines(pairs))
+    if (mean_lines())
       with_type(g.mean, [&](auto* mean) {
         bf16* to = reinterpret_cast<bf16*>(out + group.rows * ld);
         for (int64_t j = 0; j < depth; ++j) {
@@ -187,13 +227,11 @@ class Update {
   }
 
   void few_rows() {
-    bool pairs = has_bf16_products();
-    for (const Matrix* m : {&g.logits, &g.hidden, &g.U, &g.V}) pairs &= m->dtype == DType::bf16;
-    int64_t n = row_order.size(), fold = pairs ? 2 : 1, extra = mean_lines(pairs), ld = pairs ? kKc / 2 : kKc;
+    int64_t n = row_order.size(), fold = pairs ? 2 : 1, extra = mean_lines(), ld = pairs ? kKc / 2 : kKc;
     int64_t ldp = round_up(rank, kLanes), ldr = round_up(rank, kLanes) / fold, lines = n + groups.size() * extra;
     int64_t most = 0, most_sums = 0, ldc = round_up(columns, kLanes);
     bool whole = false;
-    int64_t steps = ceil_div(rank, fold * kSteps);
+    const int64_t line = g.logits.dtype == DType::fp32 ? 16 : 32;  // logits of a cache line
     struct Task { int64_t group, k, j, count; };
     std::vector<Task> down, up;
     for (int64_t i = 0; i < int64_t(groups.size()); ++i) {
@@ -210,33 +248,39 @@ class Update {
 #pragma omp parallel num_threads(threads)
     {
       Buffer hidden(most * ld), low(fold * n * ldr), sums(most_sums);
-      std::vector<int64_t> ahead;
-#pragma omp for
-      for (size_t t = 0; t < down.size(); ++t) {
-        auto [i, k, j, count] = down[t];
-        const Group& group = groups[i];
+      Ahead ahead;
+      int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), calls = 0;
+      auto share = [&](const std::vector<Task>& tasks, auto run) {
+        for (size_t t = tasks.size() * thread / team; t < tasks.size() * (thread + 1) / team; ++t) run(tasks[t], groups[tasks[t].group]);
+      };
+      share(up, [&](const Task& task, const Group& group) {
+        if (!columns_at(task.group).whole)
+          ahead.add(row_order.data() + group.first, group.rows, columns_at(task.group), task.j, task.count, line);
+        calls += ceil_div(rank, fold * kSteps);
+      });
+      share(down, [&](const Task& task, const Group&) { calls += ceil_div(std::min(kKc, width - task.k), fold * kSteps); });
+      auto meanwhile = [&](int64_t) { ahead.fetch(g.logits, calls--); };
+      share(down, [&](const Task& task, const Group& group) {
+        auto [i, k, j, count] = task;
         int64_t depth = std::min(kKc, width - k), first = group.first + i * extra;
         float* out = partial.get() + (k / kKc * lines + first) * ldp + j;
         for (int64_t line = 0; line < group.rows + extra; ++line) std::fill_n(out + line * ldp, round_up(count, kLanes), 0.0f);
-        fill(pairs, group, k, depth, hidden.get(), ld);
+        fill(group, k, depth, hidden.get(), ld);
         with_type(g.U, [&](auto* U) {
           U += group.adapter * g.stride_U + k * g.U.stride + j;
-          stream(pairs, hidden.get(), ld, group.rows + extra, U, g.U.stride, depth, count, out, ldp, [](int64_t) {});
+          stream(pairs, hidden.get(), ld, group.rows + extra, U, g.U.stride, depth, count, out, ldp, meanwhile);
         });
-      }
-      for (size_t i = 0; i < groups.size(); ++i) total(pairs, i, partial.get(), lines, ldp, low.get(), ldr);
-#pragma omp for
-      for (size_t t = 0; t < up.size(); ++t) {
-        auto [i, k, j, count] = up[t];
-        const Group& group = groups[i];
+      });
+#pragma omp barrier
+      for (size_t i = 0; i < groups.size(); ++i) total(i, partial.get(), lines, ldp, low.get(), ldr);
+      share(up, [&](const Task& task, const Group& group) {
+        auto [i, k, j, count] = task;
         int64_t ldy = round_up(count, kLanes);
         std::fill_n(sums.get(), fold * group.rows * ldy, 0.0f);
-        ahead.clear();
-        if (group.rows >= kFetchRows) columns_at(i).cache_lines(j, count, g.logits.dtype == DType::fp32 ? 16 : 32, ahead);
         with_type(g.V, [&](auto* V) {
           V += group.adapter * g.stride_V + j;
           stream(pairs, low.get() + fold * group.first * ldr, ldr, fold * group.rows, V, g.V.stride, rank, count, sums.get(), ldy,
-                 [&, next = int64_t(0)](int64_t step) mutable { next = fetch(ahead, group, next, steps - step); });
+                 meanwhile);
         });
         for (int64_t row = 0; row < group.rows; ++row) {
           float* y = sums.get() + fold * row * ldy;
@@ -244,8 +288,9 @@ class Update {
           if (columns_at(i).whole) std::copy_n(y, count, change.get() + (group.first + row) * ldc + j);
           else add(row_order[group.first + row], i, j, count, y);
         }
-      }
+      });
       if (whole) {
+#pragma omp barrier
 #pragma omp for
         for (size_t i = 0; i < groups.size(); ++i)
           for (int64_t row = groups[i].first; columns_at(i).whole && row < groups[i].first + groups[i].rows; ++row)
@@ -254,25 +299,11 @@ class Update {
     }
   }
 
-  // Fetches a part of these columns' logits, all that is left in `calls` calls; returns where the next part begins.
-  int64_t fetch(const std::vector<int64_t>& cols, const Group& group, int64_t next, int64_t calls) const {
-    int64_t wide = cols.size(), last = next + ceil_div(group.rows * wide - next, std::max<int64_t>(calls, 1));
-    with_type(g.logits, [&](auto* logits) {
-      while (next < last) {
-        auto* row = logits + row_order[group.first + next / wide] * g.logits.stride;
-        int64_t j = next % wide, end = std::min(wide, j + last - next);
-        next += end - j;
-        for (; j < end; ++j) __builtin_prefetch(row + cols[j], 1);
-      }
-    });
-    return next;
-  }
-
   // The products of rank r of a group's rows, [rows, ldr] fp32 or [rows, 2, ldr] pairs: what the depth blocks add up to, less
   // the mean's share.
-  void total(bool pairs, int64_t i, const float* partial, int64_t lines, int64_t ldp, float* low, int64_t ldr) const {
+  void total(int64_t i, const float* partial, int64_t lines, int64_t ldp, float* low, int64_t ldr) const {
     const Group& group = groups[i];
-    int64_t extra = mean_lines(pairs), fold = pairs ? 2 : 1, depths = ceil_div(width, kKc);
+    int64_t extra = mean_lines(), fold = pairs ? 2 : 1, depths = ceil_div(width, kKc);
     partial += (group.first + i * extra) * ldp;
     low += fold * group.first * ldr;
     auto line = [&](int64_t row, int64_t j) {
@@ -302,7 +333,7 @@ class Update {
     std::vector<Group> blocks;  // as above, but `adapter` is the place in groups
     for (size_t group = 0; group < groups.size(); ++group) {
       auto [adapter, first, rows] = groups[group];
-      int64_t count = ceil_div(rows, kRowBlocks * kMr);
+      int64_t count = ceil_div(rows, block_rows);
       for (int64_t i = 0; i < count; ++i)
         blocks.push_back({int64_t(group), first + rows * i / count, rows * (i + 1) / count - rows * i / count});
     }
@@ -319,7 +350,7 @@ class Update {
         if (p < panels_u) packed_u(group).pack_columns(g.U, adapter * g.stride_U, p * kNr);
         else packed_v(group).pack_columns(g.V, adapter * g.stride_V, (p - panels_u) * kNr);
       }
-      int64_t most = kRowBlocks * kMr, ldc = 0;
+      int64_t most = block_rows, ldc = 0;
       for (const Columns& c : changed) ldc = std::max(ldc, round_up(std::min(c.chunk(), columns), kNr));
       Buffer centred(most * round_up(width, kKc)), own(most * round_up(rank, kKc)), change(most * ldc);
 #pragma omp for schedule(dynamic)
