@@ -21,7 +21,7 @@ from chassis_kernels.reference.projection_kl import DIVERGENCES, chunk_weights, 
 from chassis_kernels.sparse import SparseProjection, take_columns
 from chassis_kernels.teacher import Operands, Teacher, logits_shaped, operands
 
-BLOCK_ROWS = (96, 256)  # whose logits exist at a time: at least, at most; between them a quarter of all rows
+BLOCK_ROWS = (96, 256)  # whose logits exist at a time: at least, at most; between them a fifth of all rows
 RESTRICT_BELOW = 0.9  # share of touched rows of W from which on leaving out the others does not pay
 
 _ops = torch.ops.chassis
@@ -275,7 +275,7 @@ def _call(inputs, result, upstream=(None, None), grads=(None, None, None)) -> No
 def block_rows(n: int) -> int:
     """How many rows of logits exist at a time, of n in all, as long as no chunk is longer."""
     least, most = BLOCK_ROWS
-    return max(least, min(most, n // 4))
+    return max(least, min(most, -(-n // 5)))
 
 
 def _fake_backward(grad, grad_nll, *inputs):
