@@ -351,8 +351,10 @@ def test_smaller_lookaheads_are_read_off_one_growth(tiny_lm, tiny_tokenizer, bas
     assert not torch.allclose(together[0].log_q.exp(), together[2].log_q.exp(), atol=1e-3)
 
 
-def test_windows_cover_the_text_once(counted):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_windows_cover_the_text_once(counted, overlap):
     text = "".join(TEXTS) * 3
-    windows = list(text_windows(counted, text, 64))
+    windows = list(text_windows(counted, text, 64, overlap=overlap))
+    assert any(w.seen for w in windows) == overlap
     assert "".join(w.text.encode()[w.seen :].decode() for w in windows) == text and len(windows) > 4
     assert all(len(counted.base.encode(w.text)) <= 64 for w in windows)

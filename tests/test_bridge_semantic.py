@@ -157,6 +157,16 @@ def test_bad_input(bridge):
             pytest.fail(f"accepted: {message}, {call()}")
 
 
+def test_an_expert_is_fitted_to_all_of_a_document(tiny_lm, tiny_tokenizer):
+    tokens = TokenBytes.from_tokenizer(tiny_tokenizer)
+    bos = tokens.roles["eos"]
+    through = BridgedExpert(tiny_lm("llama"), Bridge.build(tokens, tokens, "canonical"), bos, bos)
+    (document,) = documents(1, length=200)
+    windows = through.windows([document], 32)
+    assert len(windows) > 4 and all(len(window.ids) <= 32 for window in windows)
+    assert sum(window.n_bytes for window in windows) == len(document.text.encode())
+
+
 def test_the_change_towards_oneself_is_none_and_towards_another_is_the_lens(tiny_lm, tiny_tokenizer):
     """On one tokenizer the head is the expert's own unembedding, and the change that of the ridge between the states."""
     tokens, base, other = TokenBytes.from_tokenizer(tiny_tokenizer), tiny_lm("llama"), tiny_lm("qwen3", seed=1)

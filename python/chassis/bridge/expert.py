@@ -52,9 +52,7 @@ class BridgedExpert:
         """Windows of at most `length` base tokens, in order of their hashes, no two alike."""
         found = {}
         for document in documents:
-            for part in text_windows(self.bridge, document.text, length - 1):
-                if part.seen:
-                    continue
+            for part in text_windows(self.bridge, document.text, length - 1, overlap=False):
                 ids = self.bridge.base.encode(part.text).ids
                 ids = ids if self.bos_id is None else np.concatenate([[self.bos_id], ids])
                 if len(ids) < 2:

@@ -1,4 +1,4 @@
-"""A long text in windows that both models read in full: cut where tokens of both end, overlapping by half."""
+"""A long text in windows that both models read in full, cut where tokens of both end."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class TextWindow:
         return len(self.text.encode()) - self.seen
 
 
-def text_windows(bridge: Bridge, text: str, length: int = 128) -> Iterator[TextWindow]:
-    """Windows of at most `length` tokens of either tokenizer (more where they have no common end in between)."""
+def text_windows(bridge: Bridge, text: str, length: int = 128, *, overlap: bool = True) -> Iterator[TextWindow]:
+    """Windows of at most `length` tokens of either tokenizer (more where they have no common end in between).
+
+    They overlap by half, so that what is scored has context; without `overlap` each begins where the one before ends.
+    """
     text = joint_text(bridge.expert, bridge.base, text)
     one, other = bridge.expert.encode(text), bridge.base.encode(text)
     data = one.data
@@ -43,5 +46,5 @@ def text_windows(bridge: Bridge, text: str, length: int = 128) -> Iterator[TextW
         end = max(whole[begin], scored + 1)
         yield TextWindow(data[common[begin] : common[end]].decode(), int(common[scored] - common[begin]))
         scored = end
-        while begin < scored and half[begin] < scored:
+        while begin < scored and (half[begin] < scored or not overlap):
             begin += 1
