@@ -184,10 +184,6 @@ def _backward(ctx, grad, *_):
     return *(None,) * 6, grad_u, grad_v, None if tensors[8] is None else grad_c, *(None,) * 4
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("linear_kl has no second derivative")
-
-
 def _fake(h_a, *arguments):
     tensors = [t for t in (h_a, *arguments) if isinstance(t, Tensor)]
     dtype = reference.compute_dtype(*tensors)
@@ -197,10 +193,6 @@ def _fake(h_a, *arguments):
 
 def _fake_backward(grad, h_a, W_a, h_b, W_b, bias_a, bias_b, u, v, c, *options):
     return u.new_empty(u.shape), v.new_empty(v.shape), v.new_empty(0) if c is None else c.new_empty(c.shape)
-
-
-def _cpu_args(tensors, softcap_a, softcap_b, scale_a, scale_b) -> tuple:
-    return *map(backends.matrix_args, tensors), softcap_a or 0.0, softcap_b or 0.0, scale_a, scale_b
 
 
 def _fake_with_gradients(*inputs):
@@ -296,9 +288,4 @@ backends.register(
     inputs=slice(1, 10),
 )
 torch.library.register_autograd("chassis::linear_kl", _backward, setup_context=_setup_context, lib=backends.library)
-torch.library.register_autograd(
-    "chassis::linear_kl_backward",
-    _no_second_derivative,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=backends.library,
-)
+backends.no_second_derivative("linear_kl", "use reference.linear_kl.linear_kl")

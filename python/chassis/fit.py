@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -201,9 +202,10 @@ def _closed_form(
     if options.init != "newton" and isinstance(probe.expert, BridgedExpert):
         try:
             semantic = semantic_change(probe.model, probe.expert, windows["fit"], options.alpha)
-        except BridgeError:  # the vocabularies share too few tokens, or the heads differ: the step stands alone
+        except BridgeError as error:
             if options.init == "semantic":
                 raise
+            warnings.warn(f"the start is a Gauss-Newton step alone: {error}", stacklevel=2)
     held = _held(probe, windows)
     return newton_closed_form(statistics, options.alpha, options.rank, held, semantic, init=options.init)
 

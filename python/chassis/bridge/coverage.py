@@ -68,7 +68,7 @@ def heat_map(links: Links) -> bytes:
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(7.4, 5.6), dpi=160, layout="constrained")
         axes = figure.add_subplot()
-        image = axes.imshow(shares.T, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(100 * shares.T, origin="lower", cmap=colours, vmin=0, vmax=100, aspect="auto")
         for x, y in np.argwhere(shares >= SHOWN).tolist():
             shade = "white" if shares[x, y] > 0.6 else "#333a42"
             axes.text(x, y, f"{100 * shares[x, y]:.0f}", ha="center", va="center", fontsize=8, color=shade)
