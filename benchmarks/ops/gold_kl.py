@@ -3,7 +3,9 @@
 `eager` is the package's reference under autograd: two full log-softmaxes, chunk means, two `topk`.
 
 Tokens of equal probability may take each other's rank, and their gradients with it (bfloat16 logits are full of equals).
-What is held against float64 is therefore the gradient summed over each chunk's tokens of equal probability.
+What is held against float64 is therefore the gradient summed over each chunk's tokens of equal probability. Where both
+sides' probabilities of one rank are equal, the L1 has a kink and its gradient either sign: the teacher is sharper than the
+student, so that they cross, and do not run side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from chassis_kernels.reference import gold_kl as reference
 
 DTYPES = tuple(_DTYPES)
 EXACT = 0.5  # of the student's tokens
+SHARPER = 1.5  # the teacher's logits, times the student's
 SHAPES = {
     "tiny": [{"T": 24, "V_s": 60, "V_t": 80, "m": 20}],
     "quick": [{"T": 128, "V_s": 4000, "V_t": 6000, "m": 1024}],
@@ -34,6 +37,12 @@ def case(T: int, V_s: int, V_t: int, m: int, dtype: str) -> Case:
     """T positions on either side; the m likeliest of the other tokens are compared by rank."""
     kind = _DTYPES[dtype]
 
+    draw = inputs(T, V_s, V_t, 4, kind, EXACT)
+
+    def make(device):
+        student, teacher, *rest = draw(device)
+        return student, teacher * SHARPER, *rest
+
     def eager(*given, **options):
         return reference.loss(*given, uncommon_topk=m, **options)[0]
 
@@ -47,7 +56,7 @@ def case(T: int, V_s: int, V_t: int, m: int, dtype: str) -> Case:
         "gold_kl",
         {"T": T, "V_s": V_s, "V_t": V_t, "m": m},
         dtype,
-        inputs(T, V_s, V_t, 4, kind, EXACT),
+        make,
         lambda *given: by_probability(whole(eager).prepare(*given)(), *given),
         {
             "eager": whole(eager, read=by_probability),
