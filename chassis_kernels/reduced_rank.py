@@ -64,9 +64,8 @@ class ReducedRankRegression(Regressor):
     def _solve(self, everything: Rows | Moments) -> _Factors:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: expected None or at least 1")
-        basis = Eigenbasis.of(everything, self.fit_intercept)
-        penalty = basis.absolute([self.alpha], self.alpha_scale)
-        scale = basis.spectrum.scale(float(penalty))[0][:, None]
+        basis = Eigenbasis.of(everything, self.fit_intercept, [self.alpha], self.alpha_scale)
+        scale = basis.spectrum.scale(float(basis.penalties))[0][:, None]
         _, values, B = thin_svd(scale.sqrt() * basis.R)
         B = B[:, : self.rank]
         B = B * signs(B)

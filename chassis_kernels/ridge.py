@@ -165,8 +165,7 @@ def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor
     if not intercept:
         S.addr_(moments.mean_x, moments.mean_x, alpha=float(moments.count))
         C = C.addr(moments.mean_x, moments.mean_y, alpha=float(moments.count))
-    if not (S.sum() + C.sum()).isfinite():
-        raise ValueError("the moments hold NaN or infinity: rows were merged unchecked; start over with Moments.update")
+    solvers.ensure_finite(S, C)
     return S, C
 
 

@@ -121,6 +121,12 @@ def decompose(function: Callable, matrix: Tensor):
         return result.to(matrix.device) if isinstance(result, Tensor) else tuple(t.to(matrix.device) for t in result)
 
 
+def ensure_finite(S: Tensor, C: Tensor) -> None:
+    """Raises ValueError for moments that NaN or infinity got into."""
+    if not (S.sum() + C.sum()).isfinite():
+        raise ValueError("the moments hold NaN or infinity: rows were merged unchecked; start over with Moments.update")
+
+
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, k], singular values [k] descending and V [n, k], k = min(m, n)."""
 

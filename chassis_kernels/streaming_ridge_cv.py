@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chassis_kernels.moments import Moments
-from chassis_kernels.ridge_path import Eigenbasis, largest_of_the_best
+from chassis_kernels.ridge_path import Eigenbasis, basis_of, largest_of_the_best
 from chassis_kernels.statistics import Rows, Statistics
 from chassis_kernels.streaming import Regressor
 
@@ -31,7 +31,7 @@ class StreamingRidgeCV(Regressor):
     """`StreamingRidge` with the best of `alphas`, one for all targets or with alpha_per_target one for each.
 
     Rows with `groups` (the document of each row) are cross-validated by group in `n_folds` folds, without a second pass;
-    rows without are judged by generalised cross-validation, which costs one eigendecomposition for all alphas and targets.
+    rows without are judged by generalised cross-validation, which costs one decomposition for all alphas and targets.
     Equal errors: the larger alpha. alpha_scale="trace" makes an alpha relative to tr(S)/D of the rows it is fitted on.
 
     `cv_results_`: "alphas" [A], "mean_squared_error" [A], with alpha_per_target [A, T], and "degrees_of_freedom" [A] on all
@@ -107,10 +107,9 @@ class StreamingRidgeCV(Regressor):
     def _solve(self, everything: Rows | Moments, targets: torch.distributed.ProcessGroup | None = None) -> _Solution:
         if len(self.alphas) == 0:
             raise ValueError("alphas is empty: give at least one")
-        whole = Eigenbasis.of(everything, self.fit_intercept)
-        penalties = whole.absolute(self.alphas, self.alpha_scale)
+        whole = basis_of(everything, self.fit_intercept, self.alphas, self.alpha_scale)
         if self._statistics.n_folds == 1:
-            errors = whole.gcv(penalties, self.alpha_per_target)
+            errors = whole.gcv(self.alpha_per_target)
         else:
             errors = self._held_out(self._statistics, everything) / whole.count
         alphas = torch.as_tensor(self.alphas, dtype=torch.float64, device=errors.device)
@@ -123,8 +122,8 @@ class StreamingRidgeCV(Regressor):
                 torch.distributed.all_reduce(both, group=targets)
                 judged, variance = both[:-1], both[-1]
         best = largest_of_the_best(alphas, judged, variance)
-        W, b, used = whole.coefficients(penalties[best])
-        return _Solution(W, b, used, best, errors, whole.degrees_of_freedom(penalties))
+        W, b, used = whole.coefficients(best)
+        return _Solution(W, b, used, best, errors, whole.degrees_of_freedom())
 
     def _held_out(self, statistics: Statistics, everything: Rows | Moments) -> Tensor:
         parts = [statistics.part(fold) for fold in range(statistics.n_folds)]
@@ -136,9 +135,8 @@ class StreamingRidgeCV(Regressor):
             )
         total = 0
         for fold in filled:
-            fitted = Eigenbasis.of(statistics.without(fold, everything), self.fit_intercept)
-            penalties = fitted.absolute(self.alphas, self.alpha_scale)
-            total = total + fitted.held_out(penalties, parts[fold], self.alpha_per_target)
+            fitted = Eigenbasis.of(statistics.without(fold, everything), self.fit_intercept, self.alphas, self.alpha_scale)
+            total = total + fitted.held_out(parts[fold], self.alpha_per_target)
         return total
 
     def _shown(self, values: Tensor) -> Any:

@@ -48,6 +48,11 @@ chassis::ProjectionKL projection_kl_args(const py::tuple& t) {
           options[1].cast<int64_t>(), options[2].cast<bool>()};
 }
 
+// reflectors, factors, diagonal, off, C, alphas
+chassis::Tridiagonal tridiagonal_args(const py::tuple& t) {
+  return {matrix(t[0]), matrix(t[1]), matrix(t[2]), matrix(t[3]), matrix(t[4]), matrix(t[5])};
+}
+
 enum class Isa { portable, avx2, avx512 };
 
 Isa detect() {
@@ -124,6 +129,21 @@ PYBIND11_MODULE(_C, m) {
                       matrix(t[7]), matrix(t[8])});
     }
     DISPATCH(moments_update(sets));
+  });
+  m.def("tridiagonal_reduce_", [](const py::object& symmetric, uintptr_t diagonal, uintptr_t off, uintptr_t scales) {
+    Matrix S = matrix(symmetric);
+    DISPATCH(tridiagonal_reduce_(S, pointer<double>(diagonal), pointer<double>(off), pointer<double>(scales)));
+  });
+  m.def("tridiagonal_path", [](const py::tuple& inputs, const py::object& rotated, const py::tuple& sums) {
+    chassis::Tridiagonal args = tridiagonal_args(inputs);
+    Matrix R = matrix(rotated);
+    double *dots = at<double>(sums, 0), *squares = at<double>(sums, 1), *traces = at<double>(sums, 2);
+    DISPATCH(tridiagonal_path(args, R, dots, squares, traces));
+  });
+  m.def("tridiagonal_solve", [](const py::tuple& inputs, const py::object& out) {
+    chassis::Tridiagonal args = tridiagonal_args(inputs);
+    Matrix W = matrix(out);
+    DISPATCH(tridiagonal_solve(args, W));
   });
   m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
                             const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,

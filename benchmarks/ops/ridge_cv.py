@@ -1,7 +1,7 @@
 """Ridge whose penalty is chosen from 20, for all targets together: by generalised cross-validation or over 5 folds of rows.
 
-`eager` takes one eigendecomposition per fit, as `StreamingRidgeCV` does. `chassis_one_fit` is `StreamingRidge` with the
-best penalty given: the cost that a whole path is measured against.
+`eager` takes one eigendecomposition per fit, as `StreamingRidgeCV` does over folds. `chassis_one_fit` is `StreamingRidge`
+with the best penalty given: the cost that a whole path is measured against.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHAPES = {
     "tiny": [{"N": 90, "D": 8, "T": 5} | form for form in (_GCV, _FOLDS)],
     "quick": [{"N": 4096, "D": 256, "T": 64} | _GCV, {"N": 1024, "D": 128, "T": 64} | _FOLDS],
     "default": [{"N": 4096, "D": 256, "T": 128} | _GCV, {"N": 2048, "D": 128, "T": 128} | _FOLDS]
-    + [{"N": 16384, "D": 512, "T": 2048} | _GCV],
+    + [{"N": n, "D": d, "T": 2048} | _GCV for n, d in ((16384, 512), (4096, 2048))],
     "scaling": [{"N": 16384, "D": d, "T": 2048} | _GCV for d in (256, 1024)],
     "gpu": [{"N": 1 << 16, "D": 1024, "T": 2048} | form for form in (_GCV, _FOLDS)],
 }

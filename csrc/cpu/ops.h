@@ -18,6 +18,10 @@ struct Matrix {
 // The moments of a layer, and the rows that it merges; mean_y, xy, yy and y are there together, or none of them.
 struct MomentsUpdate { Matrix count, mean_x, xx, mean_y, xy, yy, x, y, weight; };
 
+// S = Q T Q^T: T's diagonal [D] and off-diagonal [D - 1], Q as reflectors v [P, D], v_i = 0 up to coordinate i, in blocks of B
+// with their factors [P, B]; C [D, T] the right-hand sides, or Q^T C; alphas [A], or one for each column. All fp64.
+struct Tridiagonal { Matrix reflectors, factors, diagonal, off, C, alphas; };
+
 // U [A, D, r], V [A, r, K] and cols [A, K] are the first adapter's and the step, in elements, to the next one's; for cols 0
 // where all have the same.
 struct DeltaLogits {
@@ -150,6 +154,9 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void exp_nonpositive(const float* x, float* out, int64_t n);                                                   \
   void convert(const Matrix& x, const Matrix& out);                                                              \
   void moments_update(const std::vector<MomentsUpdate>& layers);                                                 \
+  void tridiagonal_reduce_(const Matrix& S, double* diagonal, double* off, double* scales);                      \
+  void tridiagonal_path(const Tridiagonal& args, const Matrix& R, double* dots, double* squares, double* traces); \
+  void tridiagonal_solve(const Tridiagonal& args, const Matrix& W);                                              \
   void delta_logits_(const DeltaLogits& args);                                                                   \
   void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGradients& grads,               \
                  const Matrix& room);                                                                            \
