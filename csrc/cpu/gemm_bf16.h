@@ -57,8 +57,12 @@ inline void pack_pairs(const bf16* data, int64_t stride, int64_t n, int64_t dept
         vf block[kLanes] = {};
         for (int64_t r = i + part + kLanes; r < std::min<int64_t>(i + part + 2 * kLanes, n); ++r)
           __builtin_prefetch(data + r * stride + 2 * k);  // rows far apart: no processor guesses the next ones
-        for (int64_t r = 0; r < rows; ++r)
-          std::memcpy(&block[r], data + (i + part + r) * stride + 2 * k, 2 * std::min<int64_t>(2 * kLanes, depth - 2 * k));
+        const bool whole = depth - 2 * k >= 2 * kLanes;  // a copy of known size is one load
+        for (int64_t r = 0; r < rows; ++r) {
+          const bf16* from = data + (i + part + r) * stride + 2 * k;
+          if (whole) std::memcpy(&block[r], from, sizeof block[r]);
+          else std::memcpy(&block[r], from, 2 * (depth - 2 * k));
+        }
         transpose(block);
         for (int64_t j = 0; j < std::min<int64_t>(kLanes, pairs - k); ++j)
           store_step<kWidth>(out + (k + j) * kWidth + part, block[j], k + j == pairs - 1);

@@ -20,12 +20,6 @@ namespace {
 constexpr int64_t kRowChunk = 1024 / kBlock * kBlock;  // rows packed at a time
 constexpr int64_t kForkWork = 1 << 17;                 // multiply-adds that repay waking the other threads
 
-double sum64(vf v) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-
 // A running maximum with its place, and the sum of exponentials relative to it.
 struct LogSumExp {
   float max = -kInf;
@@ -89,10 +83,10 @@ void fold(const float* za, const float* zb, int64_t column, State& state) {
     w += eb == 0 ? vf{} : eb * apart;
     widest = vmax(apart, widest);
   }
-  state.a.sum += sum64(sa);
-  state.b.sum += sum64(sb);
+  state.a.sum += sum(sa);
+  state.b.sum += sum(sb);
   bool excluded = max(widest) == kInf;
-  double more = sum64(w);
+  double more = sum(w);
   state.excluded |= excluded;
   state.w += excluded && more == kInf ? 0 : more;
 }

@@ -107,6 +107,7 @@ class Side {
       first = false;
     });
     if (first) std::fill_n(z, rows * kTile, 0.0f);
+    if (!given.data && shift.empty() && scale == 1 && softcap == 0 && columns == kTile) return;
     for (int64_t i = 0; i < rows; ++i, z += kTile) {
       if (given.data)
         with_type(given, [&](auto* p) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -106,16 +107,25 @@ inline void store(T* p, vf v) {
 }
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
-inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+
+// v with the lanes `step` further on in their places, around the end.
+template <int step, size_t... i>
+inline vf rotate(vf v, std::index_sequence<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((i + step) % kLanes)...);
+#else
+  return __builtin_shuffle(v, vi{int32_t((i + step) % kLanes)...});
+#endif
 }
-inline float max(vf v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+// f over all lanes, halves onto halves: fewer steps that wait for each other than lane by lane.
+template <int step = kLanes / 2, class F>
+inline float reduce(vf v, F f) {
+  v = f(v, rotate<step>(v, std::make_index_sequence<kLanes>()));
+  if constexpr (step > 1) return reduce<step / 2>(v, f);
+  else return v[0];
 }
+inline float sum(vf v) { return reduce(v, [](vf a, vf b) { return a + b; }); }
+inline float max(vf v) { return reduce(v, vmax); }
 
 // exp(x) for x <= 0 to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r, scaled by 2^n through the
 // exponent bits. Everything below -87.3 gives exactly 0, so that -inf needs no branch.
