@@ -22,6 +22,7 @@ from chassis_kernels.sparse import SparseProjection, take_columns
 from chassis_kernels.teacher import Operands, Teacher, logits_shaped, operands
 
 BLOCK_ROWS = (96, 256)  # whose logits exist at a time: at least, at most; between them a fifth of all rows
+KEEP_BELOW = 2  # rows per dimension up to which the logits' gradients of all rows in bfloat16 take less than dW in float32
 RESTRICT_BELOW = 0.9  # share of touched rows of W from which on leaving out the others does not pay
 
 _ops = torch.ops.chassis
@@ -67,11 +68,14 @@ def linear_projection_kl(
     """`projection_kl` of the logits cap(student_hidden student_weightᵀ + student_bias), cap(z) = s tanh(z / s), in nats.
 
     Options are projection_kl's. Differentiable in student_hidden, student_weight and student_bias; any of float32, bfloat16
-    and float16 (float64: reference backend). Gradients are summed in float32 and rounded to their input's dtype once. Labels
-    without label_weight cost a fourth product, in the backward pass: their gradient is not known before.
+    and float16 (float64: reference backend). Gradients are summed in float32 and rounded to their input's dtype once, that
+    of a bfloat16 student_weight under bfloat16 hidden states once more where backward scales the loss. Labels without
+    label_weight cost a fourth product, in the backward pass: their gradient is not known before.
 
-    Memory besides the gradients: float32 logits [rows, V_s] of a quarter of the rows, at least 96 and at most 256, plus what
-    completes a chunk; a few MiB a thread; float32 sums where a gradient is narrower. With a softcap twice these logits.
+    Memory besides the gradients: float32 logits [rows, V_s] of a fifth of the rows, at least 96 and at most 256, plus what
+    completes a chunk; with a softcap twice these; a few MiB a thread; float32 sums where a gradient is narrower. On the CPU
+    that of a bfloat16 student_weight needs, instead of its float32 sums [V_s, D], the logits' gradients [rows, V_s] in
+    bfloat16 where these take less: up to 2 D rows.
 
     restrict: where every chunk holds one student token, and there are neither tail nor labels, the loss needs the logits of
     those tokens alone that project into J; the rest of the softmax cancels in r = a / (Σa + ε), up to ε = 1e-10. Left out,
@@ -236,8 +240,9 @@ def _outputs(hidden, weight, *arguments) -> tuple[Tensor, ...]:
 
 def _gradients(hidden, weight, bias, dtype, needs) -> tuple[Tensor, ...]:
     """Room for the gradients that are wanted."""
-    wanted = zip((hidden, weight, bias), (torch.zeros, torch.empty, torch.zeros), needs, strict=True)
-    return tuple(make(t.shape if need else 0, dtype=dtype, device=hidden.device) for t, make, need in wanted)
+    kinds = dtype, reference.weight_gradient_dtype(hidden, weight, dtype), dtype
+    wanted = zip((hidden, weight, bias), (torch.zeros, torch.empty, torch.zeros), kinds, needs, strict=True)
+    return tuple(make(t.shape if need else 0, dtype=kind, device=hidden.device) for t, make, kind, need in wanted)
 
 
 def _cpu(*inputs):
@@ -251,8 +256,13 @@ def _cpu_backward(grad, grad_nll, *inputs):
     result = _outputs(*inputs)
     grads = list(_gradients(*inputs[:3], torch.float32, [needs[0], False, needs[2]]))
     if needs[1]:
-        grads[1] = pages.empty(inputs[1].shape, torch.float32)
+        hidden, weight = inputs[:2]
+        kept_is_less = len(hidden) <= KEEP_BELOW * weight.shape[1]
+        kind = grads[1].dtype
+        grads[1] = pages.empty(weight.shape, kind if kept_is_less else torch.float32)
     _call(inputs, result, (grad, grad_nll), [g if need else None for g, need in zip(grads, needs, strict=True)])
+    if needs[1] and grads[1].dtype != kind:
+        grads[1] = pages.empty_like(weight).copy_(grads[1])
     return *result, *grads
 
 

@@ -66,7 +66,7 @@ def linear_projection_kl_backward(
     *arguments,  # those of projection_kl after the student, then which gradients are wanted: hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of the forward pass, then the gradients of Σ grad kl + Σ grad_nll nll for hidden, weight and bias in
-    float32 (float64 if an input is); empty where not wanted."""
+    float32 (float64 if an input is), weight's as `weight_gradient_dtype` says; empty where not wanted."""
     *arguments, needs = arguments
     dtype, width = compute_dtype(hidden, weight, arguments[0]), arguments[8]
     z = logits(hidden, weight, bias, ids, softcap, width, dtype)
@@ -75,16 +75,23 @@ def linear_projection_kl_backward(
     if softcap is not None:
         dx = dx * (1 - (z / softcap) ** 2)
     chosen, nothing = slice(0, width) if ids is None else ids, z.new_zeros(0)
-    grads = [nothing] * 3
+    grads = [nothing, nothing.to(weight_gradient_dtype(hidden, weight, dtype)), nothing]
     if needs[0]:
         grads[0] = dx @ weight[chosen].to(dtype)
     if needs[1]:
-        grads[1] = torch.zeros_like(weight, dtype=dtype)
-        grads[1][chosen] = dx.T @ hidden.to(dtype)
+        grads[1] = torch.zeros_like(weight, dtype=grads[1].dtype)
+        grads[1][chosen] = (dx.T @ hidden.to(dtype)).to(grads[1].dtype)
     if needs[2]:
         grads[2] = torch.zeros_like(bias, dtype=dtype)
         grads[2][chosen] = dx.sum(0)
     return kl, agree, nll, _correct(z, arguments[7], rows[0]), *grads
+
+
+def weight_gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 where both operands are, else that of the sums, `dtype`: a gradient in bfloat16 is rounded as its sums are
+    finished, so that they need not all exist. float16 would lose what a loss scale is to save."""
+    both = hidden.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if both else dtype
 
 
 def logits(

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chassis_kernels.linear_projection_kl import block_rows
+from chassis_kernels.reference.linear_projection_kl import weight_gradient_dtype
 from chassis_kernels.reference.precision import without_autocast
 from chassis_kernels.triton import projection_kl as logits_loss
 from chassis_kernels.triton.products import product
@@ -121,6 +122,7 @@ def _run(grad, grad_nll, hidden, weight, bias, ids, softcap, *arguments) -> tupl
             grads[2][chosen] += dz.sum(0)
     if needs[1] and ids is not None:
         grads[1][ids] = grad_W
+    grads[1] = grads[1].to(weight_gradient_dtype(hidden, weight, torch.float32))
     return kl, agree, nll, correct, *grads
 
 

@@ -82,7 +82,8 @@ struct LinearProjectionKL {
 };
 // kl and agree [chunks], nll and correct [N] with labels, all zeroed by the caller. Where upstream is there, the gradients of
 // sum upstream[c] kl[c] + sum upstream_nll[t] nll[t] for hidden [N, D] (zeroed by the caller), weight [.., D] and bias [..],
-// those that are there, in fp32. The logits of about `block` rows exist at a time.
+// those that are there, in fp32; weight's also in bf16 where hidden and weight are. The logits of about `block` rows exist at
+// a time, and for a gradient in bf16 those of all rows' logits, in bf16.
 struct LinearProjectionKLResult {
   float* kl;
   bool* agree;
