@@ -4,7 +4,9 @@
 //
 // (Dongarra, Hammarling & Sorensen 1989). S v is half of the work and reads the rest of S for every row, so it reads the
 // upper triangle alone. One team of threads goes through it all; each has its own columns of every vector.
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "cpu/tridiagonal.h"
 
@@ -15,6 +17,27 @@ namespace {
 constexpr int64_t kBlock = 32;   // reflectors between two updates of the rest
 constexpr int64_t kRows = 4;     // rows of S multiplied together
 constexpr int64_t kShare = 128;  // columns that repay a thread
+
+// Five times a row the threads wait for each other, for microseconds. OpenMP's barrier puts a thread to sleep where one is
+// late; on a busy machine its waking then costs milliseconds each time.
+class Barrier {
+ public:
+  void wait(int team) {
+    const int64_t round = rounds.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+      arrived.store(0, std::memory_order_relaxed);
+      rounds.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; rounds.load(std::memory_order_acquire) == round; ++spins)
+      if (spins > kSpins) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kSpins = 100000;
+  std::atomic<int> arrived{0};
+  std::atomic<int64_t> rounds{0};
+};
 
 class Reduction {
  public:
@@ -30,7 +53,7 @@ class Reduction {
       for (int64_t first = 0; first < n; first += kBlock) {
         const int64_t last = std::min(n, first + kBlock);
         for (int64_t i = first; i < last; ++i) reduce_row(i, i - first);
-#pragma omp barrier
+        meet();
         update_rest(last, last - first, left.data());
       }
     }
@@ -49,6 +72,9 @@ class Reduction {
   Doubles partial, sums;  // of each thread
   Doubles right;          // packed W and V
 
+  Barrier barrier;
+
+  void meet() { barrier.wait(omp_get_num_threads()); }
   double* row(int64_t i) const { return S + i * ld; }
   // The columns from `from` on that are this thread's.
   std::pair<int64_t, int64_t> own(int64_t from) const {
@@ -65,28 +91,28 @@ class Reduction {
   void reduce_row(int64_t i, int64_t k) {
     double &mine = partial[omp_get_thread_num() * kStride], *a = row(i);
     const auto [begin, end] = own(i + 1);
-#pragma omp barrier
+    meet();
 #pragma omp master
     correct(i, k, i, i + 1);
     correct(i, k, begin, end);
     double square = 0;
     for (int64_t c = std::max(begin, i + 2); c < end; ++c) square += a[c] * a[c];
     mine = square;
-#pragma omp barrier
+    meet();
 #pragma omp master
     diagonal[i] = a[i];
     if (i + 1 == n) return;
     const double rest = total(), head = a[i + 1], size = std::sqrt(head * head + rest);
     const double end_value = head > 0 ? -size : size, tau = rest == 0 ? 0 : (end_value - head) / end_value;
     double* v = V.data() + k * n;
-#pragma omp barrier
+    meet();
     const double inverse = rest == 0 ? 0 : 1 / (head - end_value);
     for (int64_t c = begin; c < end; ++c) v[c] = a[c] = c == i + 1 ? 1 : a[c] * inverse;
 #pragma omp master
     off[i] = rest == 0 ? head : end_value, scales[i] = tau;
-#pragma omp barrier
+    meet();
     multiply(i + 1, k, v);
-#pragma omp barrier
+    meet();
     double *w = W.data() + k * n, dot = 0;
     for (int64_t c = begin; c < end; ++c) {
       double value = 0;
@@ -99,7 +125,7 @@ class Reduction {
     }
     for (int64_t c = begin; c < end; ++c) dot += (w[c] *= tau) * v[c];
     mine = dot;
-#pragma omp barrier
+    meet();
     const double share = -0.5 * tau * total();
     for (int64_t c = begin; c < end; ++c) w[c] += share * v[c];
   }
@@ -173,9 +199,10 @@ class Reduction {
         for (int64_t j = 0; j < width; ++j) *out++ = at + j < n ? line[at + j] : 0;
       }
     };
-#pragma omp for
+#pragma omp for nowait
     for (int64_t c = from; c < n; c += kWide) pack(c, kWide, W, V, right.data() + (c - from) * depth);
-#pragma omp for schedule(dynamic)
+    meet();
+#pragma omp for schedule(dynamic) nowait
     for (int64_t r = from; r < n; r += kMr) {
       const int64_t here = std::min<int64_t>(kMr, n - r);
       pack(r, kMr, V, W, left);
