@@ -63,7 +63,7 @@ def test_value_and_gradient(name, b, t, v, extra, topk, dtype, temperature, reve
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("topk", [None, 700])
+@pytest.mark.parametrize("topk", [None, 90, 700])
 def test_several_tiles(topk, reverse, backend):
     check(*problem(1, 6, 1300), vocab_topk=topk, reverse=reverse, temperature=1.5)
 

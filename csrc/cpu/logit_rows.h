@@ -45,10 +45,16 @@ inline void stream_bytes(const void* from, void* to, size_t n) {
 #if defined(__AVX2__)
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
-  const size_t head = std::min<size_t>(n, -reinterpret_cast<uintptr_t>(target) % 32), whole = (n - head) / 32 * 32;
+  const size_t head = std::min<size_t>(n, -reinterpret_cast<uintptr_t>(target) % 64), whole = (n - head) / 64 * 64;
   std::memcpy(target, source, head);
-  for (size_t i = head; i < head + whole; i += 32)
-    _mm256_stream_si256((__m256i*)(target + i), _mm256_loadu_si256((const __m256i*)(source + i)));
+  for (size_t i = head; i < head + whole; i += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)(target + i), _mm512_loadu_si512(source + i));
+#else
+    for (size_t half = i; half < i + 64; half += 32)
+      _mm256_stream_si256((__m256i*)(target + half), _mm256_loadu_si256((const __m256i*)(source + half)));
+#endif
+  }
   std::memcpy(target + head + whole, source + head + whole, n - head - whole);
 #else
   std::memcpy(to, from, n);

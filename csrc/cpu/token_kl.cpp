@@ -5,7 +5,9 @@
 //   reverse KL(p || q) = sum p (log p - log q),   dKL/dz_s = p (log p - log q - KL) / tau
 //
 // A row of both sides is gathered once; its exponentials, and in reverse the differences of the logits, stay in cache until
-// the gradient's store.
+// the gradient's store. Where J is a good part of the columns, the next row arrives while one is compared, and its gradient is
+// spread in registers. Else a row would not stay near until its turn: its logits are fetched as they are gathered, and its
+// gradient is spread in a line of zeros.
 #include <vector>
 
 #include "cpu/logit_rows.h"
@@ -16,11 +18,16 @@ namespace {
 
 const float kInfinity = std::numeric_limits<float>::infinity();
 
+constexpr int64_t kSparse = 8;  // columns for each of J, from which on J is sparse
+constexpr int64_t kSoon = 256;  // columns of J between a fetch and its use
+
 // The columns J, also as one bit a column, kLanes columns a mask.
 struct Columns {
   std::vector<int32_t> ids;
   std::vector<uint16_t> masks;
-  Columns(const int64_t* columns, int64_t k, int64_t width) : ids(columns, columns + k), masks(ceil_div(width, kLanes)) {
+  bool sparse;
+  Columns(const int64_t* columns, int64_t k, int64_t width) : ids(columns, columns + k), masks(ceil_div(width, kLanes)),
+        sparse(k > 0 && kSparse * k <= width) {
     for (int32_t id : ids) masks[id / kLanes] |= 1 << id % kLanes;
   }
 };
@@ -47,9 +54,10 @@ struct Writer {
     for (int64_t j = vectors; j < width; ++j) from_float(last[j - vectors], to[j]);
   }
 
-  // values[j] to the j-th of J, 0 to the others; some values beyond the last are read.
-  void scattered(T* to, const float* values) {
+  // values[j] to the j-th of J, 0 to the others. Some values beyond the last are read, and the values may be lost.
+  void scattered(T* to, float* values) {
 #if defined(__AVX512F__)
+    if (columns.sparse) return through_line(to, values);
     const uint16_t* mask = columns.masks.data();
     whole(to, [&](int64_t) {
       const __m512 spread = _mm512_maskz_expand_ps(*mask, _mm512_loadu_ps(values));
@@ -57,9 +65,17 @@ struct Writer {
       return (vf)spread;
     });
 #else
-    for (int32_t id : columns.ids) from_float(*values++, line[id]);  // the line is 0 elsewhere
-    stream_bytes(line.data(), to, width * sizeof(T));
+    through_line(to, values);
 #endif
+  }
+
+ private:
+  void through_line(T* to, float* values) {
+    T* rounded = reinterpret_cast<T*>(values);  // in place, as it is no wider
+    const int64_t k = columns.ids.size();
+    for (int64_t j = 0; j < k; j += kLanes) store_rounded(rounded + j, load(values + j));
+    for (int64_t j = 0; j < k; ++j) line[columns.ids[j]] = rounded[j];  // the line is 0 elsewhere
+    stream_bytes(line.data(), to, width * sizeof(T));
   }
 };
 
@@ -73,7 +89,10 @@ struct Side {
   static void gather(const T* z, const Columns& columns, int64_t k, float* x) {
     if (!columns.ids.empty()) {
       const int32_t* at = columns.ids.data();
-      for (int64_t j = 0; j < k; ++j) x[j] = to_float(z[at[j]]);
+      for (int64_t j = 0; j < k; ++j) {
+        if (columns.sparse) __builtin_prefetch(z + at[std::min(j + kSoon, k - 1)]);
+        x[j] = to_float(z[at[j]]);
+      }
     } else {
       int64_t j = 0;
       for (; j + kLanes <= k; j += kLanes) store(x + j, load(z + j));
@@ -102,7 +121,8 @@ struct Worker {
   const int64_t padded = ceil_div(in.k, kLanes) * kLanes;
   Writer<T> writer{columns, in.student.cols};
   Ahead ahead[2] = {{in.columns, in.columns ? in.k : 0, in.student}, {in.columns, in.columns ? in.k : 0, in.teacher}};
-  const int64_t steps = padded > 0 ? ceil_div(std::max(ahead[0].lines.size(), ahead[1].lines.size()) * kLanes, padded) : 0;
+  const int64_t lines = columns.sparse ? 0 : std::max(ahead[0].lines.size(), ahead[1].lines.size());
+  const int64_t steps = padded > 0 ? ceil_div(lines * kLanes, padded) : 0;  // per vector that is compared
 
   void row(int64_t i) {
     T* to = static_cast<T*>(out.grad.data) + i * out.grad.stride;
@@ -168,7 +188,7 @@ void token_kl(const TokenKL& in, const TokenKLResult& out) {
 #pragma omp parallel
   with_type(in.student, [&](auto* z) {
     Worker<std::remove_pointer_t<decltype(z)>> worker{in, out, columns};
-#pragma omp for schedule(dynamic, 16)
+#pragma omp for schedule(dynamic, columns.sparse ? 4 : 16)
     for (int64_t i = 0; i < in.student.rows; ++i) worker.row(i);
     fence();
   });
