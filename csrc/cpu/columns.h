@@ -55,12 +55,17 @@ struct Columns {
                        [&](int32_t x, int32_t y) { return ids[x] < ids[y]; });
   }
 
-  // The ids of columns [from, from + count), one for each run of `each` logits, a cache line, that they lie in.
-  void cache_lines(int64_t from, int64_t count, int64_t each, std::vector<int64_t>& out) const {
+  // Appends the ids of columns [from, from + count), one for each run of 2^line logits, a cache line, that they lie in.
+  void cache_lines(int64_t from, int64_t count, int line, std::vector<int64_t>& out) const {
+    int64_t size = out.size(), last = -1;
+    out.resize(size + count);
     for (int64_t j = from; j < from + count; ++j) {
       int64_t id = ids ? ids[j] : j;
-      if (id >= 0 && (out.empty() || id / each != out.back() / each)) out.push_back(id);
+      out[size] = id;  // kept if its line is another: no branch, which would be mispredicted as often as not
+      size += id >= 0 && id >> line != last;
+      last = id >> line;
     }
+    out.resize(size);
   }
 };
 

@@ -1,12 +1,10 @@
 // logits[i, cols_a] += ((hidden_i - mean_a) U_a) V_a + bias_a, a = adapter_id[i], in place.
 //
 // Rows are grouped by adapter.
-//   few rows   the threads share each group: depth blocks of U by strips of its columns, then strips of V, both read once as
-//              they lie in memory (stream.h). Partial sums are added in a fixed order, whatever the number of threads.
+//   few rows   the threads share each group: U by parts of its width, then V by strips of its columns, both read once as
+//              they lie in memory (stream.h). The parts are added in a fixed order, whatever the number of threads.
 //   many rows  U and V are packed once, then each thread takes whole blocks of rows from hidden states to logits.
-// A change is summed in fp32 and added to its logit with one rounding, also where columns repeat. Few rows are multiplied as
-// pairs of bf16 where all is bf16: hidden U - mean U with the mean as three bf16 that add up to it, and the product of
-// rank r as two, 16 of its 24 bits.
+// A change is summed in fp32 and added to its logit with one rounding, also where columns repeat.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -18,62 +16,25 @@ namespace chassis {
 namespace CHASSIS_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 128;       // of an adapter; below it packing U and V costs more than it saves,
-constexpr int64_t kFewPairs = 64;       // or, with pairs of bf16, whose V is multiplied twice
+constexpr int64_t kFewRows = 128;       // of an adapter; below it packing U and V costs more than it saves
 constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packed panel
-constexpr int64_t kSum = 64;            // products per running sum: longer ones lose digits
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
-constexpr int64_t kMeanLines = 3;       // bf16 that add up to an fp32
+constexpr int64_t kDepths = 8;          // parts of the width whose products few rows add up
+constexpr int64_t kStripWidth = 1024;   // columns of V at a time, for few rows, at most,
+constexpr int64_t kStripSums = 4096;    // and sums
 
-// Rows of activations as [chunk of kKc columns][row][kKc]: a stride known to the compiler saves an address per row.
-struct Rows {
-  float* data;
-  int64_t rows;
-  float* at(int64_t row, int64_t column) const { return data + (column / kKc * rows + row) * kKc + column % kKc; }
-};
-
-// out[i * ldo + j] (+)= sum_k a[i * kKc + k] b[k * kNr + j] for R rows and a panel of kNr columns.
-template <int R>
-void multiply(const float* a, const float* b, int64_t depth, float* out, int64_t ldo, bool accumulate) {
-  for (int64_t start = 0; start < depth; start += kSum, accumulate = true) {
-    vf sum[R][2] = {};
-    for (int64_t k = start; k < std::min(depth, start + kSum); ++k, b += kNr) {
-      vf left = load(b), right = load(b + kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        sum[i][0] += a[i * kKc + k] * left;
-        sum[i][1] += a[i * kKc + k] * right;
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        float* to = out + i * ldo + c * kLanes;
-        store(to, accumulate ? load(to) + sum[i][c] : sum[i][c]);
-      }
-  }
-}
-
-template <size_t... i>
-auto kernel_for(int64_t rows, std::index_sequence<i...>) {
-  using Kernel = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
-  static constexpr Kernel table[] = {multiply<i + 1>...};
-  return table[rows - 1];
-}
-
-// One adapter's U [width, rank] or V [rank, columns] as panels of kNr columns by at most kKc steps.
+// One adapter's U [width, rank] or V [rank, columns] as panels of kNr columns by at most kSum steps.
 struct Packed {
   float* data;
   int64_t rows, cols;
   static int64_t size(int64_t rows, int64_t cols) { return rows * round_up(cols, kNr); }
-  float* panel(int64_t k, int64_t j) const { return data + k * round_up(cols, kNr) + j * std::min(kKc, rows - k); }
+  float* panel(int64_t k, int64_t j) const { return data + k * round_up(cols, kNr) + j * std::min(kSum, rows - k); }
 
   void pack_columns(const Matrix& m, int64_t offset, int64_t j) const {
     with_type(m, [&](auto* from) {
-      for (int64_t k = 0; k < rows; k += kKc) {
-        Operand<std::remove_pointer_t<decltype(from)>> block{from + offset + k * m.stride + j, 1, m.stride};
-        pack<kNr>(block, std::min<int64_t>(kNr, cols - j), std::min(kKc, rows - k), panel(k, j));
+      for (int64_t k = 0; k < rows; k += kSum) {
+        auto* block = from + offset + k * m.stride + j;
+        stage(block, m.stride, std::min(kSum, rows - k), cols - j, panel(k, j));
       }
     });
   }
@@ -81,39 +42,52 @@ struct Packed {
 
 struct Group { int64_t adapter, first, rows; };  // `rows` entries of the row order from `first` on
 
-// Cache lines to fetch a few at a time while something else is computed: all ids of a part in all of its rows.
+// Cache lines of logits to fetch a few at a time while something else is computed.
 class Ahead {
  public:
-  void add(const int64_t* rows, int64_t count, const Columns& columns, int64_t from, int64_t across, int64_t line) {
-    int64_t first = ids.size();
-    columns.cache_lines(from, across, line, ids);
-    parts.push_back({rows, count, first, int64_t(ids.size())});
-    left += count * (int64_t(ids.size()) - first);
+  // Those of `count` columns from `from` on, in all of these rows.
+  void add(const Matrix& logits, const int64_t* rows, int64_t n, const Columns& columns, int64_t from, int64_t count) {
+    Part part{rows, n, int64_t(ids.size()), 0, int64_t(pages.size()), 0};
+    int line = logits.dtype == DType::fp32 ? 4 : 5, page = line + 6;
+    columns.cache_lines(from, count, line, ids);
+    part.last = ids.size();
+    for (int64_t j = part.first; j < part.last; ++j)
+      if (j == part.first || ids[j] >> page != ids[j - 1] >> page) pages.push_back(ids[j]);
+    part.last_page = pages.size();
+    parts.push_back(part);
+    left += n * (part.last - part.first);
   }
-  // The next lines, all that are left in `calls` calls.
-  void fetch(const Matrix& logits, int64_t calls) {
-    int64_t now = ceil_div(left, std::max<int64_t>(calls, 1));
+
+  // The next ones, all that are left in `calls` calls, but kSum at most: an address for each step of a product.
+  const void* const* next(const Matrix& logits, int64_t calls) {
+    int64_t now = std::min(ceil_div(left, std::max<int64_t>(calls, 1)), kSum), size = 0;
     left -= now;
     with_type(logits, [&](auto* data) {
-      while (now > 0) {
+      while (size < now) {
         const Part& part = parts[at];
+        if (row == 0 && place == 0)  // one after the other, the pages' addresses are translated at the same time
+          for (int64_t i = 0; i < part.count; ++i)
+            for (int64_t j = part.first_page; j < part.last_page; ++j)
+              __builtin_prefetch(data + part.rows[i] * logits.stride + pages[j], 1);
         auto* to = data + part.rows[row] * logits.stride;
-        int64_t end = std::min(part.last, part.first + place + now);
-        now -= end - part.first - place;
-        for (int64_t j = part.first + place; j < end; ++j) __builtin_prefetch(to + ids[j], 1);
+        int64_t end = std::min(part.last, part.first + place + now - size);
+        for (int64_t j = part.first + place; j < end; ++j) lines[size++] = to + ids[j];
         place = end - part.first;
         if (end < part.last) continue;
         place = 0;
         if (++row == part.count) row = 0, ++at;
       }
     });
+    for (; size < kSum && lines[size] != lines; ++size) lines[size] = lines;
+    return lines;
   }
 
  private:
-  struct Part { const int64_t* rows; int64_t count, first, last; };
+  struct Part { const int64_t* rows; int64_t count, first, last, first_page, last_page; };
   std::vector<Part> parts;
-  std::vector<int64_t> ids;
+  std::vector<int64_t> ids, pages;
   int64_t at = 0, row = 0, place = 0, left = 0;
+  const void* lines[kSum] = {};
 };
 
 class Update {
@@ -123,9 +97,7 @@ class Update {
     int64_t n = row_order.size();
     threads = n * rank * (width + columns) < kForkWork ? 1 : omp_get_max_threads();
     block_rows = std::min(kRowBlocks * kMr, round_up(ceil_div(n, threads), kMr));
-    pairs = has_bf16_products();
-    for (const Matrix* m : {&g.logits, &g.hidden, &g.U, &g.V}) pairs &= m->dtype == DType::bf16;
-    many = n >= std::max<int64_t>((pairs ? kFewPairs : kFewRows) * groups.size(), 2 * kMr * threads);
+    many = n >= std::max<int64_t>(kFewRows * groups.size(), 2 * kMr * threads);
     if (columns)
       for (size_t i = 0; i < (g.stride_cols ? groups.size() : 1); ++i)
         changed.push_back({g.cols ? g.cols + (g.stride_cols ? groups[i].adapter * g.stride_cols : 0) : nullptr, columns,
@@ -147,7 +119,7 @@ class Update {
   const DeltaLogits& g;
   const int64_t width, rank, columns;
   int threads = 1;
-  bool many = false, pairs = false;  // pairs: few rows are multiplied as pairs of bf16
+  bool many = false;
   int64_t block_rows = 0;  // of many rows, at most
   std::vector<int64_t> row_order;  // rows with an adapter, grouped by adapter
   std::vector<Group> groups;
@@ -196,95 +168,76 @@ class Update {
     add_change(g.logits, row, columns_at(group), from, count, change, bias.data() + group * columns + from);
   }
 
-  // Lines of a group before U (hidden, and then the parts of the mean) and before V (the products of rank r).
-  int64_t mean_lines() const { return pairs && g.mean.data ? kMeanLines : 0; }
-
-  // Columns of a strip: few enough for its sums to stay in L1, and for each thread to have one.
-  int64_t strip(int64_t lines, int64_t count) const {
-    int64_t most = std::clamp<int64_t>(kStripSums / std::min(lines, kStripLines), 64, kStripWidth);
+  // Columns of a strip of V: few enough for its sums to stay in L1, and for each thread to have one.
+  int64_t strip(int64_t rows, int64_t count) const {
+    int64_t most = std::clamp<int64_t>(kStripSums / rows, 64, kStripWidth);
     return round_up(std::min(most, ceil_div(count, threads)), 64);
   }
 
-  // Lines [.., kKc or kKc / 2] of hidden states for steps [k, k + depth), filled up to whole steps.
-  void fill(const Group& group, int64_t k, int64_t depth, float* out, int64_t ld) const {
-    for (int64_t i = 0; i < group.rows + mean_lines(); ++i) std::fill_n(out + i * ld, ld, 0.0f);
-    for (int64_t i = 0; i < group.rows; ++i) {
-      int64_t row = row_order[group.first + i];
-      if (pairs) std::memcpy(out + i * ld, static_cast<const bf16*>(g.hidden.data) + row * g.hidden.stride + k, 2 * depth);
-      else centre(group.adapter, row, k, depth, out + i * ld);
-    }
-    if (mean_lines())
-      with_type(g.mean, [&](auto* mean) {
-        bf16* to = reinterpret_cast<bf16*>(out + group.rows * ld);
-        for (int64_t j = 0; j < depth; ++j) {
-          float rest = to_float(mean[group.adapter * g.mean.stride + k + j]);
-          for (bf16* part = to + j; part < to + kMeanLines * 2 * ld; part += 2 * ld) {
-            from_float(rest, *part);
-            rest -= to_float(*part);
-          }
-        }
-      });
-  }
-
   void few_rows() {
-    int64_t n = row_order.size(), fold = pairs ? 2 : 1, extra = mean_lines(), ld = pairs ? kKc / 2 : kKc;
-    int64_t ldp = round_up(rank, kLanes), ldr = round_up(rank, kLanes) / fold, lines = n + groups.size() * extra;
-    int64_t most = 0, most_sums = 0, ldc = round_up(columns, kLanes);
-    bool whole = false;
-    const int64_t line = g.logits.dtype == DType::fp32 ? 16 : 32;  // logits of a cache line
-    struct Task { int64_t group, k, j, count; };
+    struct Task { int64_t group, k, j, depth, count; };  // columns [j, j + count) of U, of rows [k, k + depth), or of V
     std::vector<Task> down, up;
+    const int64_t n = row_order.size(), part = round_up(ceil_div(std::max<int64_t>(width, 1), kDepths), kSum);
+    const int64_t parts = ceil_div(width, part);
+    const int64_t across = round_up(ceil_div(rank, ceil_div(threads, kDepths)), kNr);  // columns of U
+    const int64_t ldp = round_up(rank, kNr), ldr = round_up(rank, kSum), ldc = round_up(columns, kNr);
+    int64_t most = 0, most_sums = 0;
+    bool whole = false;
     for (int64_t i = 0; i < int64_t(groups.size()); ++i) {
-      int64_t across = strip(groups[i].rows + extra, rank), count = columns_at(i).count;
-      most = std::max(most, groups[i].rows + extra);
+      int64_t count = columns_at(i).count, wide = strip(groups[i].rows, count);
+      most = std::max(most, groups[i].rows);
+      most_sums = std::max(most_sums, groups[i].rows * wide);
       whole |= columns_at(i).whole;
-      for (int64_t k = 0; k < width; k += kKc)
-        for (int64_t j = 0; j < rank; j += across) down.push_back({i, k, j, std::min(across, rank - j)});
-      across = strip(fold * groups[i].rows, count);
-      most_sums = std::max(most_sums, fold * groups[i].rows * across);
-      for (int64_t j = 0; j < count; j += across) up.push_back({i, 0, j, std::min(across, count - j)});
+      for (int64_t k = 0; k < width; k += part)
+        for (int64_t j = 0; j < rank; j += across)
+          down.push_back({i, k, j, std::min(part, width - k), std::min(across, rank - j)});
+      for (int64_t j = 0; j < count; j += wide) up.push_back({i, 0, j, rank, std::min(wide, count - j)});
     }
-    Buffer partial(ceil_div(width, kKc) * lines * ldp), change(whole ? n * ldc : 0);
+    Buffer partial(parts * n * ldp), change(whole ? n * ldc : 0);
 #pragma omp parallel num_threads(threads)
     {
-      Buffer hidden(most * ld), low(fold * n * ldr), sums(most_sums);
+      Buffer hidden(most * part), own(n * ldr), sums(most_sums);
       Ahead ahead;
       int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), calls = 0;
       auto share = [&](const std::vector<Task>& tasks, auto run) {
-        for (size_t t = tasks.size() * thread / team; t < tasks.size() * (thread + 1) / team; ++t) run(tasks[t], groups[tasks[t].group]);
+        for (size_t t = tasks.size() * thread / team; t < tasks.size() * (thread + 1) / team; ++t)
+          run(tasks[t], groups[tasks[t].group]);
       };
+      auto low = [&](const Group& group) { return Rows{own.get() + group.first * ldr, group.rows}; };
       share(up, [&](const Task& task, const Group& group) {
         if (!columns_at(task.group).whole)
-          ahead.add(row_order.data() + group.first, group.rows, columns_at(task.group), task.j, task.count, line);
-        calls += ceil_div(rank, fold * kSteps);
+          ahead.add(g.logits, row_order.data() + group.first, group.rows, columns_at(task.group), task.j, task.count);
+        calls += stream_calls(group.rows, task.depth, task.count);
       });
-      share(down, [&](const Task& task, const Group&) { calls += ceil_div(std::min(kKc, width - task.k), fold * kSteps); });
-      auto meanwhile = [&](int64_t) { ahead.fetch(g.logits, calls--); };
+      share(down, [&](const Task& task, const Group& group) { calls += stream_calls(group.rows, task.depth, task.count); });
+      auto lines = [&] { return ahead.next(g.logits, calls--); };
       share(down, [&](const Task& task, const Group& group) {
-        auto [i, k, j, count] = task;
-        int64_t depth = std::min(kKc, width - k), first = group.first + i * extra;
-        float* out = partial.get() + (k / kKc * lines + first) * ldp + j;
-        for (int64_t line = 0; line < group.rows + extra; ++line) std::fill_n(out + line * ldp, round_up(count, kLanes), 0.0f);
-        fill(group, k, depth, hidden.get(), ld);
+        auto [i, k, j, depth, count] = task;
+        Rows centred{hidden.get(), group.rows};
+        for (int64_t row = 0; row < group.rows; ++row)
+          for (int64_t c = 0; c < depth; c += kSum)
+            centre(group.adapter, row_order[group.first + row], k + c, std::min(kSum, depth - c), centred.at(row, c));
+        float* out = partial.get() + (k / part * n + group.first) * ldp + j;
         with_type(g.U, [&](auto* U) {
           U += group.adapter * g.stride_U + k * g.U.stride + j;
-          stream(pairs, hidden.get(), ld, group.rows + extra, U, g.U.stride, depth, count, out, ldp, meanwhile);
+          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp, lines);
         });
       });
 #pragma omp barrier
-      for (size_t i = 0; i < groups.size(); ++i) total(i, partial.get(), lines, ldp, low.get(), ldr);
+      for (const Group& group : groups)
+        for (int64_t row = 0; row < group.rows; ++row)
+          for (int64_t j = 0; j < rank; j += kNr)
+            add_parts(partial.get() + (group.first + row) * ldp + j, parts, n * ldp, low(group).at(row, j));
       share(up, [&](const Task& task, const Group& group) {
-        auto [i, k, j, count] = task;
-        int64_t ldy = round_up(count, kLanes);
-        std::fill_n(sums.get(), fold * group.rows * ldy, 0.0f);
+        auto [i, k, j, depth, count] = task;
+        int64_t ldy = round_up(count, kNr);
+        if (depth == 0) std::fill_n(sums.get(), group.rows * ldy, 0.0f);
         with_type(g.V, [&](auto* V) {
           V += group.adapter * g.stride_V + j;
-          stream(pairs, low.get() + fold * group.first * ldr, ldr, fold * group.rows, V, g.V.stride, rank, count, sums.get(), ldy,
-                 meanwhile);
+          stream(low(group), V, g.V.stride, depth, count, V + count, sums.get(), ldy, lines);
         });
         for (int64_t row = 0; row < group.rows; ++row) {
-          float* y = sums.get() + fold * row * ldy;
-          for (int64_t c = 0; pairs && c < ldy; c += kLanes) store(y + c, load(y + c) + load(y + ldy + c));
+          const float* y = sums.get() + row * ldy;
           if (columns_at(i).whole) std::copy_n(y, count, change.get() + (group.first + row) * ldc + j);
           else add(row_order[group.first + row], i, j, count, y);
         }
@@ -299,33 +252,12 @@ class Update {
     }
   }
 
-  // The products of rank r of a group's rows, [rows, ldr] fp32 or [rows, 2, ldr] pairs: what the depth blocks add up to, less
-  // the mean's share.
-  void total(int64_t i, const float* partial, int64_t lines, int64_t ldp, float* low, int64_t ldr) const {
-    const Group& group = groups[i];
-    int64_t extra = mean_lines(), fold = pairs ? 2 : 1, depths = ceil_div(width, kKc);
-    partial += (group.first + i * extra) * ldp;
-    low += fold * group.first * ldr;
-    auto line = [&](int64_t row, int64_t j) {
+  // kNr sums of `parts` values, `step` apart.
+  static void add_parts(const float* from, int64_t parts, int64_t step, float* to) {
+    for (int c = 0; c < kNr; c += kLanes) {
       vf sum = {};
-      for (int64_t d = 0; d < depths; ++d) sum += load(partial + (d * lines + row) * ldp + j);
-      return sum;
-    };
-    for (int64_t j = 0; j < rank; j += kLanes) {
-      vf mean = {};
-      for (int64_t part = 0; part < extra; ++part) mean += line(group.rows + part, j);
-      for (int64_t row = 0; row < group.rows; ++row) {
-        vf sum = line(row, j) - mean;
-        for (int64_t c = rank - j; c < kLanes; ++c) sum[c] = 0;
-        if (!pairs) {
-          store(low + row * ldr + j, sum);
-          continue;
-        }
-        bf16* to = reinterpret_cast<bf16*>(low + 2 * row * ldr) + j;
-        store_rounded(to, sum);
-        vf rest = sum - load(to);
-        store_rounded(to + 2 * ldr, rest - rest == 0 ? rest : vf{});  // nothing is left of an infinity
-      }
+      for (int64_t part = 0; part < parts; ++part) sum += load(from + part * step + c);
+      store(to + c, sum);
     }
   }
 
@@ -350,36 +282,33 @@ class Update {
         if (p < panels_u) packed_u(group).pack_columns(g.U, adapter * g.stride_U, p * kNr);
         else packed_v(group).pack_columns(g.V, adapter * g.stride_V, (p - panels_u) * kNr);
       }
+      auto nothing = []() -> const void* const* { return nullptr; };
       int64_t most = block_rows, ldc = 0;
       for (const Columns& c : changed) ldc = std::max(ldc, round_up(std::min(c.chunk(), columns), kNr));
-      Buffer centred(most * round_up(width, kKc)), own(most * round_up(rank, kKc)), change(most * ldc);
+      Buffer centred(most * round_up(width, kSum)), own(most * round_up(rank, kSum)), change(most * ldc);
 #pragma omp for schedule(dynamic)
       for (size_t t = 0; t < blocks.size(); ++t) {
         auto [group, first, rows] = blocks[t];
         Packed u = packed_u(group), v = packed_v(group);
         Rows hidden{centred.get(), rows}, low{own.get(), rows};
         for (int64_t i = 0; i < rows; ++i)
-          for (int64_t k = 0; k < width; k += kKc)
-            centre(groups[group].adapter, row_order[first + i], k, std::min(kKc, width - k), hidden.at(i, k));
-        if (width == 0) std::fill_n(own.get(), most * round_up(rank, kKc), 0.0f);
-        for (int64_t k = 0; k < width; k += kKc)
-          for (int64_t j = 0; j < rank; j += kNr) block_product(hidden, k, u, j, low.at(0, j), kKc, k > 0);
+          for (int64_t k = 0; k < width; k += kSum)
+            centre(groups[group].adapter, row_order[first + i], k, std::min(kSum, width - k), hidden.at(i, k));
+        if (width == 0) std::fill_n(own.get(), most * round_up(rank, kSum), 0.0f);
+        for (int64_t k = 0; k < width; k += kSum)
+          for (int64_t j = 0; j < rank; j += kNr)
+            multiply_rows(hidden, k, u.panel(k, j), std::min(kSum, width - k), low.at(0, j), kSum, k > 0, nothing);
         const Columns& c = columns_at(group);
         for (int64_t from = 0; from < c.count; from += c.chunk()) {
           int64_t count = std::min(c.chunk(), c.count - from);
           if (rank == 0) std::fill_n(change.get(), most * ldc, 0.0f);
           for (int64_t j = 0; j < count; j += kNr)
-            for (int64_t k = 0; k < rank; k += kKc) block_product(low, k, v, from + j, change.get() + j, ldc, k > 0);
+            for (int64_t k = 0; k < rank; k += kSum)
+              multiply_rows(low, k, v.panel(k, from + j), std::min(kSum, rank - k), change.get() + j, ldc, k > 0, nothing);
           for (int64_t i = 0; i < rows; ++i) add(row_order[first + i], group, from, count, change.get() + i * ldc);
         }
       }
     }
-  }
-
-  static void block_product(Rows a, int64_t k, Packed b, int64_t j, float* out, int64_t ldo, bool accumulate) {
-    for (int64_t i = 0; i < a.rows; i += kMr)
-      kernel_for(std::min<int64_t>(kMr, a.rows - i), std::make_index_sequence<kMr>())(
-          a.at(i, k), b.panel(k, j), std::min(kKc, b.rows - k), out + i * ldo, ldo, accumulate);
   }
 };
 

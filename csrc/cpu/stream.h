@@ -1,112 +1,138 @@
-// The product of few rows, here called lines, with a matrix that is read once and as it lies in memory:
+// The product of rows with a matrix that is read once and as it lies in memory:
 //
-//   y[i, j] += sum_k a[i, k] b[k, j]
+//   y[i, j] (+)= sum_k a[i, k] b[k, j]
 //
-// kSteps steps at a time over a strip of columns, whose sums stay in L1. A step is one row of b in fp32, or a pair of rows
-// in bf16 (gemm_bf16.h); a line of `a` holds one float, or a pair of bf16, for each.
+// kSum steps at a time by as many columns as R rows have registers for. Up to kDirect rows multiply b as it is loaded; more
+// of them share a panel of it, copied to L1 as fp32. What comes next is fetched meanwhile, a line or two with every step: in
+// a burst most requests would be dropped.
 #pragma once
-#include "cpu/gemm_bf16.h"
+#include "cpu/gemm.h"
 #include "cpu/tensor.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
 
-constexpr int kSteps = 4;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kLines = 4;  // kLines * kSteps values of `a` stay in registers
-#else
-constexpr int kLines = 2;
-#endif
-constexpr int64_t kStripWidth = 1024;  // columns of a strip at most,
-constexpr int64_t kStripLines = 32;    // lines that share a pass over b,
-constexpr int64_t kStripSums = 4096;   // and sums in L1
+constexpr int64_t kSum = 64;  // products per running sum: longer ones lose digits
+constexpr int64_t kDirect = 2 * kMr;  // rows
 
-template <int R>
-inline void step_lines(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t width, float* y, int64_t ldy) {
-  vf left[R][kSteps];
-  for (int i = 0; i < R; ++i)
-    for (int s = 0; s < kSteps; ++s) left[i][s] = splat(a[i * lda + s]);
-  for (int64_t j = 0; j < width; j += kLanes) {
-    vf row[kSteps];
-    for (int s = 0; s < kSteps; ++s) row[s] = load(b + s * ldb + j);
-    for (int i = 0; i < R; ++i) {
-      vf sum = left[i][0] * row[0];
-      for (int s = 1; s < kSteps; ++s) sum += left[i][s] * row[s];
-      store(y + i * ldy + j, load(y + i * ldy + j) + sum);
-    }
+constexpr int64_t kNext = 2;  // tiles from the one that is multiplied to the one that is fetched
+
+// Rows of activations as [chunk of kSum columns][row][kSum]: a stride known to the compiler saves an address per row.
+struct Rows {
+  float* data;
+  int64_t rows;
+  float* at(int64_t row, int64_t column) const { return data + (column / kSum * rows + row) * kSum + column % kSum; }
+};
+
+// Vectors of columns for R rows: sums enough to keep the multipliers busy.
+constexpr int vectors(int64_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : rows <= kMr ? 2 : 1; }
+
+// What a product fetches meanwhile: with step k the line at lines[k] and those at next + k * step.
+struct Meanwhile {
+  const void* const* lines;
+  const char* next = nullptr;
+  int64_t step = 0;
+};
+constexpr int kNothing = -1;
+
+// out[i * ldo + j] (+)= sum_k a[i * kSum + k] b[k * ldb + j] for R rows and C vectors, k < depth <= kSum. Each step fetches
+// one of the `lines` and kFetch at `next`, or, with kFetch = kNothing, nothing.
+template <int R, int C, int kFetch, class T>
+inline void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, float* out, int64_t ldo, bool accumulate,
+                     Meanwhile fetch) {
+  vf sum[R][C] = {};
+  for (int64_t k = 0; k < depth; ++k, b += ldb, fetch.next += fetch.step) {
+    if (kFetch != kNothing) __builtin_prefetch(fetch.lines[k], 1);
+    for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.next + 64 * line);
+    vf row[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) row[c] = load(b + c * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[i][c] += a[i * kSum + k] * row[c];
   }
-}
-
-#if defined(CHASSIS_BF16_PRODUCTS)
-template <int R>
-CHASSIS_BF16_PRODUCTS inline void step_lines_bf16(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t width,
-                                                  float* y, int64_t ldy) {
-  __m512bh left[R][kSteps];
+#pragma GCC unroll 32
   for (int i = 0; i < R; ++i)
-    for (int s = 0; s < kSteps; ++s) left[i][s] = (__m512bh)_mm512_set1_ps(a[i * lda + s]);
-  for (int64_t j = 0; j < width; j += kLanes) {
-    __m512bh row[kSteps];
-    for (int s = 0; s < kSteps; ++s) row[s] = (__m512bh)_mm512_loadu_ps(b + s * ldb + j);
-    for (int i = 0; i < R; ++i) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int s = 0; s < kSteps; ++s) sum = _mm512_dpbf16_ps(sum, left[i][s], row[s]);
-      _mm512_storeu_ps(y + i * ldy + j, _mm512_add_ps(_mm512_loadu_ps(y + i * ldy + j), sum));
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      float* to = out + i * ldo + c * kLanes;
+      store(to, accumulate ? load(to) + sum[i][c] : sum[i][c]);
     }
-  }
-}
-#else
-template <int R>
-inline void step_lines_bf16(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t) {}
-#endif
-
-template <int R>
-inline void step_some(bool pairs, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t width, float* y, int64_t ldy) {
-  if (pairs) step_lines_bf16<R>(a, lda, b, ldb, width, y, ldy);
-  else step_lines<R>(a, lda, b, ldb, width, y, ldy);
 }
 
-// kSteps steps of b as fp32 or as pairs of bf16, zeros where b ends.
 template <class T>
-inline void stage(bool pairs, const T* b, int64_t ldb, int64_t depth, int64_t width, float* out) {
-  auto line = [&](int64_t k, int64_t j) { return k < depth ? load_line(b + k * ldb + j, 1, width - j) : vf{}; };
-  for (int64_t s = 0; s < kSteps; ++s)
-    for (int64_t j = 0; j < width; j += kLanes) {
-      vf both = line(pairs ? 2 * s : s, j);
-      if (pairs) {
-        vf second = line(2 * s + 1, j);
-        vi low, high;
-        std::memcpy(&low, &both, sizeof low);
-        std::memcpy(&high, &second, sizeof high);
-        low = ((low >> 16) & 0xffff) | high;
-        std::memcpy(&both, &low, sizeof both);
-      }
-      store(out + s * kStripWidth + j, both);
-    }
+using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, Meanwhile);
+
+template <size_t... i>
+inline Kernel<float> panel_kernel(int64_t rows, int next, std::index_sequence<i...>) {
+  static constexpr Kernel<float> table[][3] = {
+      {multiply<i + 1, 2, kNothing, float>, multiply<i + 1, 2, 0, float>, multiply<i + 1, 2, 1, float>}...};
+  return table[rows - 1][next - kNothing];
 }
 
-// y [lines, width] += a [lines, depth] b [depth, width], width <= kStripWidth; y and a have whole vectors and whole steps.
-// Between steps `meanwhile(step)` is called, once for each: room to fetch what comes next.
+template <class T, size_t... i>
+inline Kernel<T> direct_kernel(int64_t rows, std::index_sequence<i...>) {
+  static constexpr Kernel<T> table[] = {
+      multiply<i + 1, vectors(i + 1), ceil_div(vectors(i + 1) * kLanes * sizeof(T), 64), T>...};
+  return table[rows - 1];
+}
+
+// out [a.rows, kNr] (+)= columns [k, k + depth) of a times a packed panel [depth, kNr]. Each kMr rows take new `lines()` to
+// fetch, the first of them also one of the `width` bytes at next.
+template <class F>
+inline void multiply_rows(Rows a, int64_t k, const float* panel, int64_t depth, float* out, int64_t ldo, bool accumulate,
+                          F lines, const char* next = nullptr, int64_t step = 0, int64_t width = 0) {
+  int64_t blocks = ceil_div(a.rows, kMr);
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t i = a.rows * block / blocks, rows = a.rows * (block + 1) / blocks - i;
+    Meanwhile fetch{lines(), next + 64 * block, step};
+    auto kernel = panel_kernel(rows, !fetch.lines ? kNothing : 64 * block < width, std::make_index_sequence<kMr>());
+    kernel(a.at(i, k), panel, kNr, depth, out + i * ldo, ldo, accumulate, fetch);
+  }
+}
+
+// Panel [depth, kNr] of b in fp32, zeros where b ends.
+template <class T>
+inline void stage(const T* b, int64_t ldb, int64_t depth, int64_t width, float* out) {
+  for (int64_t k = 0; k < depth; ++k, b += ldb)
+    for (int c = 0; c < kNr; c += kLanes) store(out + k * kNr + c, load_line(b + c, 1, width - c));
+}
+
+// Whether so many rows multiply b as it is loaded, and the columns they then take at a time.
+inline bool direct(int64_t rows, int64_t width) { return rows <= kMr || (rows <= kDirect && width % kLanes == 0); }
+inline int64_t tile_width(int64_t rows, int64_t width) { return direct(rows, width) ? vectors(rows) * kLanes : kNr; }
+
+// y [a.rows, width rounded up to kNr] = columns [0, depth) of a times b [depth, width]. What is read after that is `then`;
+// each product takes new `lines()` to fetch.
 template <class T, class F>
-inline void stream(bool pairs, const float* a, int64_t lda, int64_t lines, const T* b, int64_t ldb, int64_t depth,
-                   int64_t width, float* y, int64_t ldy, F meanwhile) {
-  alignas(64) float staged[kSteps * kStripWidth];
-  const int64_t rows = pairs ? 2 * kSteps : kSteps;
-  for (int64_t first = 0; first < lines; first += kStripLines)
-    for (int64_t k = 0, step = 0; k < depth; k += rows, step += kSteps) {
-      const float* from = staged;
-      int64_t ldf = kStripWidth, last = std::min(lines, first + kStripLines), i = first;
-      if constexpr (std::is_same_v<T, float>)
-        if (depth - k >= rows && width % kLanes == 0) from = b + k * ldb, ldf = ldb;
-      if (from == staged) stage(pairs, b + k * ldb, ldb, depth - k, width, staged);
-      if (first == 0) {
-        for (int64_t row = k + rows; row < std::min(depth, k + 2 * rows); ++row)
-          for (int64_t j = 0; j < width; j += int64_t(64 / sizeof(T))) __builtin_prefetch(b + row * ldb + j);
-        meanwhile(step / kSteps);
-      }
-      for (; i + kLines <= last; i += kLines) step_some<kLines>(pairs, a + i * lda + step, lda, from, ldf, width, y + i * ldy, ldy);
-      for (; i + 2 <= last; i += 2) step_some<2>(pairs, a + i * lda + step, lda, from, ldf, width, y + i * ldy, ldy);
-      for (; i < last; ++i) step_some<1>(pairs, a + i * lda + step, lda, from, ldf, width, y + i * ldy, ldy);
+inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width, const T* then, float* y, int64_t ldy,
+                   F lines) {
+  alignas(64) float panel[kSum * kNr];
+  const int64_t across = tile_width(a.rows, width), row = ceil_div(width, across), tiles = ceil_div(depth, kSum) * row;
+  const int64_t step = ldb * sizeof(T);
+  auto tile = [&](int64_t t) {
+    return t < tiles ? b + t / row * kSum * ldb + t % row * across : then + (t - tiles) * across;
+  };
+  for (int64_t t = 0; t < tiles; ++t) {
+    int64_t k = t / row * kSum, j = t % row * across, steps = std::min(kSum, depth - k);
+    const char* next = reinterpret_cast<const char*>(tile(t + kNext));
+    if (direct(a.rows, width) && width - j >= across) {
+      auto kernel = direct_kernel<T>(a.rows, std::make_index_sequence<kDirect>());
+      kernel(a.at(0, k), tile(t), ldb, steps, y + j, ldy, k > 0, {lines(), next, step});
+      continue;
     }
+    for (int64_t c = j; c < std::min(j + across, width); c += kNr) {
+      stage(tile(t) + c - j, ldb, steps, width - c, panel);
+      multiply_rows(a, k, panel, steps, y + c, ldy, k > 0, lines, next, step, kNr * sizeof(T));
+    }
+  }
+}
+
+// How often `stream` calls `lines`.
+inline int64_t stream_calls(int64_t rows, int64_t depth, int64_t width) {
+  int64_t across = tile_width(rows, width), panels = width / across * (direct(rows, width) ? 1 : ceil_div(rows, kMr));
+  return ceil_div(depth, kSum) * (panels + ceil_div(width % across, kNr) * ceil_div(rows, kMr));
 }
 
 }  // namespace CHASSIS_ISA
