@@ -114,7 +114,8 @@ def register(
         if lists:
             given = [t for arg in given for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         tensors = [t for t in given if isinstance(t, torch.Tensor)]
-        backend = select(name, tensors[0].device.type, tuple([t.dtype for t in tensors]))
+        device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
+        backend = select(name, device, tuple([t.dtype for t in tensors]))
         op.calls[backend] += 1
         return op.implementations[backend].run(*args)
 
@@ -145,19 +146,18 @@ def _plain(args: tuple) -> bool:
         return False
     if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
-    grad = torch.is_grad_enabled()
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    return ordinary(tensors) and not (grad and any([t.requires_grad for t in tensors]))
+    return ordinary(tensors) and not (torch.is_grad_enabled() and True in [t.requires_grad for t in tensors])
 
 
 def ordinary(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether these are tensors of torch's own kind with values to look at: nobody compiles or transforms the call."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and all([type(t) in _ORDINARY for t in tensors])
+    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, tensors))
 
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def select(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -168,7 +168,7 @@ def select(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
         if reason:
             raise BackendError(f"{op}: backend {wanted!r} was asked for, but {reason}")
         return wanted
-    return _default(op, device, tuple(dtypes))
+    return _default(op, device, dtypes)
 
 
 @functools.cache

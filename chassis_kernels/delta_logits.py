@@ -43,7 +43,7 @@ def delta_logits_(
     Raises ValueError for shapes that do not fit, IndexError for an id out of range (on CPU, for the adapters in use; a GPU
     kernel skips such ids), RuntimeError where a gradient would be needed: use `delta_logits`.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in (logits, hidden, U, V, bias, mean)]:
         _refuse_grad(logits=logits, hidden=hidden, U=U, V=V, bias=bias, mean=mean)
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
     if 0 in rows.stride() and any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
@@ -110,11 +110,10 @@ def _flattens(tensor: Tensor) -> bool:
 
 def _refuse_grad(**tensors: Tensor | None) -> None:
     names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
-    if names:
-        raise RuntimeError(
-            f"delta_logits_ writes in place and has no gradient, but {', '.join(names)} require grad: "
-            "call delta_logits, or wrap the call in torch.no_grad()"
-        )
+    raise RuntimeError(
+        f"delta_logits_ writes in place and has no gradient, but {', '.join(names)} require grad: "
+        "call delta_logits, or wrap the call in torch.no_grad()"
+    )
 
 
 def _checked(logits, hidden, U, V, bias, mean, cols, adapter_id) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -211,20 +210,21 @@ def _gradients(grad, needed, hidden, U, V, bias, mean, cols, adapter_id) -> list
 
 def _cpu_(logits, hidden, U, V, bias, mean, cols, adapter_id) -> None:
     inputs = logits, hidden, U, V, bias, mean, cols, adapter_id
-    if not all(t is None or t.is_contiguous() for t in inputs):
+    if False in [t is None or t.is_contiguous() for t in inputs]:
         inputs = tuple(map(backends.rows_contiguous, inputs))
     out, hidden, U, V, bias, mean, cols, adapter_id = inputs
+    stacked = U.dim() == 3
     backends._C.delta_logits_(
         _args(out),
         _args(hidden),
         _args(U),
         _args(V),
-        _args(bias),
-        _args(mean),
-        U.shape[0] if U.dim() == 3 else 1,
-        U.stride(0),
-        V.stride(0),
-        cols.stride(0) if cols is not None and cols.dim() == 2 else 0,
+        None if bias is None else _args(bias),
+        None if mean is None else _args(mean),
+        U.shape[0] if stacked else 1,
+        U.stride(0) if stacked else 0,
+        V.stride(0) if stacked else 0,
+        cols.stride(0) if stacked and cols is not None and cols.dim() == 2 else 0,
         0 if cols is None else cols.data_ptr(),
         0 if adapter_id is None else adapter_id.data_ptr(),
     )
@@ -233,13 +233,12 @@ def _cpu_(logits, hidden, U, V, bias, mean, cols, adapter_id) -> None:
     torch.autograd.graph.increment_version(logits)
 
 
-def _args(tensor: Tensor | None) -> tuple[int, int, int, int, int] | None:
+def _args(tensor: Tensor) -> tuple[int, int, int, int, int]:
     """`backends.matrix_args`, also for the first matrix of a stack, and quick: decoding calls it for every token."""
-    if tensor is None:
-        return None
-    shape, stride = tensor.shape, tensor.stride()
-    rows, step = (shape[-2], stride[-2]) if len(shape) > 1 else (1, 0)
-    return tensor.data_ptr(), rows, shape[-1], step, backends.DTYPE_CODES[tensor.dtype]
+    shape = tensor.shape
+    if len(shape) == 1:
+        return tensor.data_ptr(), 1, shape[0], 0, backends.DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), shape[-2], shape[-1], tensor.stride(-2), backends.DTYPE_CODES[tensor.dtype]
 
 
 def _cpu(logits, *arguments) -> Tensor:

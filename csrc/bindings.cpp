@@ -18,9 +18,13 @@ namespace {
 // (data_ptr, rows, cols, row_stride, dtype) or None
 Matrix matrix(const py::object& given) {
   if (given.is_none()) return {};
-  auto t = given.cast<py::tuple>();
-  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), static_cast<DType>(t[4].cast<int>())};
+  long long at[5];  // by Python's own functions: a decoding step converts several matrices in a microsecond or two
+  for (int i = 0; i < 5; ++i) {
+    PyObject* value = PyTuple_GetItem(given.ptr(), i);
+    at[i] = value ? PyLong_AsLongLong(value) : -1;
+    if (at[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return {reinterpret_cast<void*>(at[0]), at[1], at[2], at[3], static_cast<DType>(at[4])};
 }
 
 template <class T>
