@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chassis_kernels import backends, pages
 from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
-from chassis_kernels.grad_buffer import hand_over, one_pass
+from chassis_kernels.grad_buffer import at_once, hand_over, one_pass
 from chassis_kernels.parallel import gold_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import gold_kl as reference
@@ -52,7 +52,8 @@ def gold_kl(
     once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused where no gradient is
     asked for.
 
-    parallel: the groups over which vocabulary and sequence are spread; logits and chunk ids are then this rank's.
+    parallel: the groups over which vocabulary and sequence are spread; logits and chunk ids are then this rank's. All ranks
+    give a grad_buffer, or none; the gradient, made apart, is copied there.
 
     Raises ValueError for shapes, dtypes or ids that do not fit.
     """
@@ -73,9 +74,8 @@ def gold_kl(
         "denominator": denominator,
     }
     if parallel.sharded:
-        if grad_buffer is not None:
-            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
-        return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
+        rest = teacher_logits, projection, chunks, parallel
+        return at_once(lambda logits: sharded.loss(logits, *rest, **options), student_logits, grad_buffer, "gold_kl")
     gradient = one_pass(student_logits, grad_buffer, sample_mask, denominator)
     if gradient is not None:
         op = torch.ops.chassis.gold_kl_

@@ -40,6 +40,18 @@ def one_pass(logits: Tensor, buffer: Tensor | None, *weights: Tensor | None) -> 
     return pages.empty_like(logits)
 
 
+def at_once(run: Callable, logits: Tensor, buffer: Tensor | None, name: str) -> tuple:
+    """`run(logits)`: a loss [] and what comes with it. With a buffer autograd's gradient of the loss is made at once and copied
+    there; backward hands the buffer over, once."""
+    gradient = None if buffer is None else one_pass(logits, buffer)
+    if gradient is None:
+        return run(logits)
+    leaf = logits.detach().requires_grad_()
+    loss, rest = run(leaf)
+    gradient.copy_(*torch.autograd.grad(loss, leaf))
+    return hand_over(loss.detach(), logits, gradient, name, None), rest
+
+
 def hand_over(loss: Tensor, logits: Tensor, gradient: Tensor, name: str, again: Callable | None, *inputs) -> Tensor:
     """`loss` [], as a function of `logits` whose gradient is already there: backward returns it, times its factor.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chassis_kernels import backends, pages
 from chassis_kernels.chunks import Chunks, check_chunks, check_temperature, layout
-from chassis_kernels.grad_buffer import hand_over, one_pass
+from chassis_kernels.grad_buffer import at_once, hand_over, one_pass
 from chassis_kernels.parallel import projection_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.parallel.next_token import next_token_nll
@@ -65,7 +65,8 @@ def projection_kl(
     grad_buffer, of the logits' shape and dtype: the gradient is written there in the same pass as the loss, and backward
     returns it, once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused
     where no gradient is asked for. The loss alone has a gradient then: labels need a label_weight.
-    parallel: the groups over which vocabulary and sequence are spread (`Parallel`); logits are then this rank's.
+    parallel: the groups over which vocabulary and sequence are spread (`Parallel`); logits are then this rank's. All ranks
+    give a grad_buffer, or none; the gradient, made apart, is copied there.
 
     Raises ValueError for shapes, dtypes or ids that do not fit. Method: "x-token" distillation, projection of chunk means.
     """
@@ -94,9 +95,15 @@ def projection_kl(
         loss, stats = projection_kl(student_logits, *compact, chunks, **options)
         return loss, stats._replace(columns=found.columns)
     if parallel.sharded:
-        if grad_buffer is not None:
-            raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
-        return sharded.loss(student_logits, teacher_logits, projection, chunks, parallel, **options)
+
+        def run(logits):
+            loss, found = sharded.loss(logits, teacher_logits, projection, chunks, parallel, **options)
+            if grad_buffer is None or labels is None or not loss.requires_grad:
+                return loss, found
+            _check_label_weight(label_weight)
+            return loss, found._replace(nll=found.nll.detach())
+
+        return at_once(run, student_logits, grad_buffer, "projection_kl")
     if labels is None or grad_buffer is not None:
         gradient = one_pass(student_logits, grad_buffer, sample_mask, denominator)
         if gradient is not None:
@@ -119,8 +126,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, size: int, *, parallel: Parall
 def _with_gradient(gradient, student_logits, teacher_logits, projection, chunks, *, repeatable, columns, labels, **options):
     """The loss and, in the same pass, its gradient."""
     label_weight, temperature = options["label_weight"], options["temperature"]
-    if labels is not None and label_weight is None:
-        raise ValueError("labels with grad_buffer need a label_weight: the buffer holds the gradient of the loss alone")
+    if labels is not None:
+        _check_label_weight(label_weight)
     plan = layout(chunks, options["sample_mask"], options["exact_only"], compute_dtype(student_logits, teacher_logits))
     weight = reference.chunk_weights(plan, temperature, options["denominator"])
     op = torch.ops.chassis.projection_kl_
@@ -161,6 +168,11 @@ def _check(teacher, projection, temperature, vocab_topk, divergence, column_mask
         low, high = int(columns.min()), int(columns.max())
         if low < 0 or high >= projection.n_teacher:
             raise ValueError(f"columns hold ids from {low} to {high}, but there are {projection.n_teacher} teacher tokens")
+
+
+def _check_label_weight(weight: Tensor | None) -> None:
+    if weight is None:
+        raise ValueError("labels with grad_buffer need a label_weight: the buffer holds the gradient of the loss alone")
 
 
 def _check_labels(logits: Tensor, size: int, labels: Tensor | None, weight: Tensor | None) -> None:

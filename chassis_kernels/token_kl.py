@@ -7,7 +7,7 @@ from torch import Tensor
 
 from chassis_kernels import backends, pages
 from chassis_kernels.chunks import check_temperature
-from chassis_kernels.grad_buffer import hand_over, one_pass
+from chassis_kernels.grad_buffer import at_once, hand_over, one_pass
 from chassis_kernels.parallel import token_kl as sharded
 from chassis_kernels.parallel.groups import ONE_RANK, Parallel
 from chassis_kernels.reference import token_kl as reference
@@ -42,14 +42,13 @@ def token_kl(
     once; a second backward raises. It may be student_logits itself, whose values are then lost. Unused where no gradient is
     asked for.
 
-    parallel: the groups over which vocabulary and sequence are spread; logits and masks are then this rank's.
+    parallel: the groups over which vocabulary and sequence are spread; logits and masks are then this rank's. All ranks give
+    a grad_buffer, or none; the gradient, made apart, is copied there.
 
     Raises ValueError for shapes and dtypes that do not fit.
     """
     shaped = logits_shaped(teacher_logits, parallel.head(student_logits))
     _check(student_logits, shaped, mask, temperature, vocab_topk, column_mask, parallel)
-    if parallel.sharded and grad_buffer is not None:
-        raise ValueError("grad_buffer is for logits that are whole: leave it out with parallel")
     if not isinstance(teacher_logits, Tensor):
         if vocab_topk is None:
             raise ValueError(f"a {type(teacher_logits).__name__} needs vocab_topk: give the teacher's logits")
@@ -61,21 +60,22 @@ def token_kl(
             return token_kl(student, found, mask, **options, parallel=spread)
         gradient = one_pass(student_logits, grad_buffer)
         leaf = student.detach().requires_grad_()
-        loss = token_kl(leaf, found, mask, **options)
-        gradient.zero_().index_copy_(-1, columns, *torch.autograd.grad(loss, leaf))
+        loss = token_kl(leaf, found, mask, **options, parallel=spread)
+        gradient.zero_().index_copy_(-1, parallel.own(student_logits, columns), *torch.autograd.grad(loss, leaf))
         return hand_over(loss.detach(), student_logits, gradient, "token_kl", None)
     if parallel.sharded:
-        return sharded.loss(
-            student_logits,
-            teacher_logits,
-            mask,
-            parallel,
-            temperature=temperature,
-            vocab_topk=vocab_topk,
-            reverse=reverse,
-            n_tokens=n_tokens,
-            column_mask=column_mask,
-        )
+        options = {
+            "temperature": temperature,
+            "vocab_topk": vocab_topk,
+            "reverse": reverse,
+            "n_tokens": n_tokens,
+            "column_mask": column_mask,
+        }
+
+        def run(logits):
+            return sharded.loss(logits, teacher_logits, mask, parallel, **options), None
+
+        return at_once(run, student_logits, grad_buffer, "token_kl")[0]
     width = student_logits.shape[-1]
     student, teacher = (t.flatten(0, 1) for t in (student_logits, teacher_logits.detach()[..., :width]))
     columns = None

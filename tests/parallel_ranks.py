@@ -97,9 +97,16 @@ def problem(seed: int = 0, dtype: torch.dtype = torch.float64, valid: float = 0.
     )
 
 
+def place_for(student: torch.Tensor, buffer: bool) -> dict:
+    """The keyword argument that has the gradient written to a buffer."""
+    contiguous = torch.contiguous_format
+    return {"grad_buffer": torch.full_like(student, torch.nan, memory_format=contiguous)} if buffer else {}
+
+
 # Each loss: a problem, or a share of one with its groups, to (loss, statistics).
-def projection(p: Problem, parallel: Parallel, **options):
+def projection(p: Problem, parallel: Parallel, buffer: bool = False, **options):
     options = {"vocab_topk": 12, "sample_mask": p.sample_mask, "column_mask": p.votes} | options
+    options |= place_for(p.student, buffer)
     loss, stats = projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
     return loss, list(stats[:4])
 
@@ -116,28 +123,30 @@ def compact_projection(p: Problem, parallel: Parallel, form: Callable, **options
     return projection(p._replace(teacher=form(p.teacher[..., :TEACHER])), parallel, **options)
 
 
-def compact_token(p: Problem, parallel: Parallel, form: Callable, **options):
+def compact_token(p: Problem, parallel: Parallel, form: Callable, buffer: bool = False, **options):
     student, parallel = parallel.cut(p.student, STUDENT)
-    options = {"vocab_topk": 9, "column_mask": p.mask > 0.3, "temperature": 1.5} | options
+    options = {"vocab_topk": 9, "column_mask": p.mask > 0.3, "temperature": 1.5} | options | place_for(student, buffer)
     return token_kl(student, form(p.same[..., :STUDENT]), p.mask, n_tokens=7.0, parallel=parallel, **options), []
 
 
-def projection_and_labels(p: Problem, parallel: Parallel, **options):
-    options = {"labels": p.labels, "label_weight": p.mask, "vocab_topk": 12} | options
+def projection_and_labels(p: Problem, parallel: Parallel, buffer: bool = False, **options):
+    options = {"labels": p.labels, "label_weight": p.mask, "vocab_topk": 12} | options | place_for(p.student, buffer)
     loss, stats = projection_kl(p.student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
-    rows = (stats.nll.detach() ** 2).sum(), stats.correct.sum()
+    assert not (buffer and stats.nll.requires_grad)
+    rows = [(stats.nll.detach() ** 2).sum(), *([] if buffer else [stats.correct.sum()])]
     return loss, [*stats[:4], *map(parallel.sequence_sum, rows)]
 
 
-def gold(p: Problem, parallel: Parallel, **options):
+def gold(p: Problem, parallel: Parallel, buffer: bool = False, **options):
     student, parallel = parallel.cut(p.student, STUDENT)
-    options = {"sample_mask": p.sample_mask} | options
+    options = {"sample_mask": p.sample_mask} | options | place_for(student, buffer)
     loss, metrics = gold_kl(student, p.teacher, p.projection, p.chunks, parallel=parallel, **options)
     return loss, list(metrics.values())
 
 
-def token(p: Problem, parallel: Parallel, **options):
+def token(p: Problem, parallel: Parallel, buffer: bool = False, **options):
     student, parallel = parallel.cut(p.student, STUDENT)
+    options |= place_for(student, buffer)
     return token_kl(student, p.same[..., :STUDENT], p.mask, n_tokens=7.0, parallel=parallel, **options), []
 
 
@@ -194,6 +203,15 @@ def cases() -> list[Case]:
             Case(f"token_kl {form.__name__}", compact_token, {"form": form}, 18, even=True),
             Case(f"token_kl reverse {form.__name__}", compact_token, {"form": form, "reverse": True}, 19, split="first"),
         ]
+    for run, options in (
+        (projection, {}),
+        (projection_and_labels, {}),
+        (gold, {}),
+        (token, {"vocab_topk": 9}),
+        (compact_projection, {"form": as_head}),
+        (compact_token, {"form": as_top_k}),
+    ):
+        found.append(Case(f"{run.__name__} into a buffer", run, options | {"buffer": True}, 20))
     for run in (projection, gold):
         found.append(Case(f"{run.__name__}: nothing is valid", run, {}, 10, valid=0.0))
     for dtype in (torch.float32, torch.bfloat16):
@@ -227,6 +245,8 @@ def result(case: Case, p: Problem, parallel: Parallel):
     student = p.student.detach().requires_grad_()
     loss, stats = case.run(p._replace(student=student), parallel, **case.options)
     (grad,) = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    if case.options.get("buffer"):  # which is handed over once
+        return loss.detach(), stats, grad
     (again,) = torch.autograd.grad(2 * loss, student)
     torch.testing.assert_close(again, grad, rtol=0, atol=0)
     return loss.detach(), stats, grad

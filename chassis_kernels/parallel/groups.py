@@ -90,12 +90,16 @@ class Parallel:
 
     def select(self, logits: Tensor, columns: Tensor) -> tuple[Tensor, Parallel]:
         """The logits within the ascending `columns` [k] of the head, and how these k are spread."""
-        slab = self.slab(logits)
-        own = columns[(columns >= slab.start) & (columns < slab.stop)]
-        left = logits.index_select(-1, own - slab.start)
+        left = logits.index_select(-1, self.own(logits, columns))
         if self.vocab_shards == 1:
             return left, self
-        return left, dataclasses.replace(self, vocab_size=len(columns), vocab_start=int((columns < slab.start).sum()))
+        before = int((columns < self.slab(logits).start).sum())
+        return left, dataclasses.replace(self, vocab_size=len(columns), vocab_start=before)
+
+    def own(self, logits: Tensor, columns: Tensor) -> Tensor:
+        """Those of the ascending `columns` [k] of the head that these logits hold, counted from their first."""
+        slab = self.slab(logits)
+        return columns[(columns >= slab.start) & (columns < slab.stop)] - slab.start
 
     def vocab_sum(self, part: Tensor) -> Tensor:
         """The parts of the vocabulary ranks added up."""
