@@ -41,8 +41,8 @@ def one_pass(logits: Tensor, buffer: Tensor | None, *weights: Tensor | None) -> 
 
 
 def at_once(run: Callable, logits: Tensor, buffer: Tensor | None, name: str) -> tuple:
-    """`run(logits)`: a loss [] and what comes with it. With a buffer autograd's gradient of the loss is made at once and copied
-    there; backward hands the buffer over, once."""
+    """`run(logits)`: a loss [] and what comes with it. With a buffer, autograd's gradient of the loss is made at once and
+    copied there; backward hands the buffer over, once."""
     gradient = None if buffer is None else one_pass(logits, buffer)
     if gradient is None:
         return run(logits)
