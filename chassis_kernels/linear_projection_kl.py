@@ -22,7 +22,6 @@ from chassis_kernels.sparse import SparseProjection, take_columns
 from chassis_kernels.teacher import Operands, Teacher, logits_shaped, operands
 
 BLOCK_ROWS = (96, 256)  # whose logits exist at a time: at least, at most; between them a fifth of all rows
-KEEP_BELOW = 2  # rows per dimension up to which the logits' gradients of all rows in bfloat16 take less than dW in float32
 RESTRICT_BELOW = 0.9  # share of touched rows of W from which on leaving out the others does not pay
 
 _ops = torch.ops.chassis
@@ -75,7 +74,7 @@ def linear_projection_kl(
     Memory besides the gradients: float32 logits [rows, V_s] of a fifth of the rows, at least 96 and at most 256, plus what
     completes a chunk; with a softcap twice these; a few MiB a thread; float32 sums where a gradient is narrower. On the CPU
     that of a bfloat16 student_weight needs, instead of its float32 sums [V_s, D], the logits' gradients [rows, V_s] in
-    bfloat16 where these take less: up to 2 D rows.
+    bfloat16 and float32 sums [rows, D] a thread, where these take less.
 
     restrict: where every chunk holds one student token, and there are neither tail nor labels, the loss needs the logits of
     those tokens alone that project into J; the rest of the softmax cancels in r = a / (Σa + ε), up to ε = 1e-10. Left out,
@@ -256,10 +255,8 @@ def _cpu_backward(grad, grad_nll, *inputs):
     result = _outputs(*inputs)
     grads = list(_gradients(*inputs[:3], torch.float32, [needs[0], False, needs[2]]))
     if needs[1]:
-        hidden, weight = inputs[:2]
-        kept_is_less = len(hidden) <= KEEP_BELOW * weight.shape[1]
-        kind = grads[1].dtype
-        grads[1] = pages.empty(weight.shape, kind if kept_is_less else torch.float32)
+        weight, kind = inputs[1], grads[1].dtype
+        grads[1] = pages.empty(weight.shape, kind if keeps_rows(len(inputs[0]), *weight.shape) else torch.float32)
     _call(inputs, result, (grad, grad_nll), [g if need else None for g, need in zip(grads, needs, strict=True)])
     if needs[1] and grads[1].dtype != kind:
         grads[1] = pages.empty_like(weight).copy_(grads[1])
@@ -280,6 +277,12 @@ def _call(inputs, result, upstream=(None, None), grads=(None, None, None)) -> No
         (*map(backends.matrix_args, grads[:2]), address(grads[2])),
         block_rows(len(hidden)),
     )
+
+
+def keeps_rows(n: int, tokens: int, dimension: int) -> bool:
+    """Whether a narrow gradient of the weight is summed over all n rows at once: where the logits' gradients in bfloat16,
+    with the threads' parts of the gradient for the hidden states, take less than its float32 sums."""
+    return n * (2 * tokens + 4 * torch.get_num_threads() * dimension) <= 4 * tokens * dimension
 
 
 def block_rows(n: int) -> int:
