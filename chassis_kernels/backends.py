@@ -4,7 +4,7 @@ Every op is registered once, with `register`: its torch.library schema, its fake
 backend. `reference` is eager PyTorch and always there; `cpu` is the C++ extension; `triton` and `cuda` need a GPU, except
 that Triton's interpreter (TRITON_INTERPRET=1) runs `triton` on CPU tensors where it is asked for.
 Without an override the first backend in `PREFERENCE` that is built, takes the dtypes and is verified runs. With one
-(`use_backend("cpu")` or CHASSIS_BACKEND=cpu) exactly that backend runs, or the call raises.
+(`use_backend("cpu")`, or CHASSIS_BACKEND=cpu when Python starts) exactly that backend runs, or the call raises.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ GPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 library = torch.library.Library("chassis", "DEF")
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("chassis_backend", default=None)
+# The environment is asked once: looking there costs more than a small op.
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "chassis_backend", default=os.environ.get("CHASSIS_BACKEND") or None
+)
 
 
 class BackendError(RuntimeError):
@@ -147,7 +150,7 @@ def _plain(args: tuple) -> bool:
     if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    return ordinary(tensors) and not (torch.is_grad_enabled() and True in [t.requires_grad for t in tensors])
+    return ordinary(tensors) and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 
 
 def ordinary(tensors: Iterable[torch.Tensor]) -> bool:
@@ -162,7 +165,7 @@ _ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def select(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Name of the backend that runs `op` on this device and these dtypes; raises BackendError for a bad override."""
-    wanted = _override.get() or os.environ.get("CHASSIS_BACKEND") or None
+    wanted = _override.get()
     if wanted is not None:
         reason = why_not(op, wanted, device, dtypes)
         if reason:

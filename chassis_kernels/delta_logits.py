@@ -17,6 +17,7 @@ from chassis_kernels.reference import delta_logits as reference
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 _ARGUMENTS = "Tensor hidden, Tensor U, Tensor V, Tensor? bias, Tensor? mean, Tensor? cols, Tensor? adapter_id"
+_CODES = backends.DTYPE_CODES | {torch.int64: -1}
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -43,13 +44,13 @@ def delta_logits_(
     Raises ValueError for shapes that do not fit, IndexError for an id out of range (on CPU, for the adapters in use; a GPU
     kernel skips such ids), RuntimeError where a gradient would be needed: use `delta_logits`.
     """
-    if torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in (logits, hidden, U, V, bias, mean)]:
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (logits, hidden, U, V, bias, mean)]):
         _refuse_grad(logits=logits, hidden=hidden, U=U, V=V, bias=bias, mean=mean)
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
     if 0 in rows.stride() and any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise RuntimeError(f"logits of shape {tuple(logits.shape)} are expanded: rows share memory; clone them first")
     _OP_(rows, *arguments)
-    if rows is not logits and not _flattens(logits):
+    if rows is not logits and not logits.is_contiguous() and not _flattens(logits):
         logits.copy_(rows.view(logits.shape))
     return logits
 
@@ -121,22 +122,27 @@ def _checked(logits, hidden, U, V, bias, mean, cols, adapter_id) -> tuple[Tensor
     if U.dim() != V.dim() or U.dim() not in (2, 3):
         raise ValueError(f"U and V must both be 2-D, or both 3-D: got {tuple(U.shape)} and {tuple(V.shape)}")
     if logits.dim() != 2 or hidden.dim() != 2:
-        if logits.shape[:-1] != hidden.shape[:-1]:
+        *leading, vocabulary = logits.shape
+        *rows, width = hidden.shape
+        if leading != rows:
             raise ValueError(f"logits {tuple(logits.shape)} and hidden {tuple(hidden.shape)} differ in their rows")
-        n = math.prod(logits.shape[:-1])
-        logits = logits.reshape(n, logits.shape[-1])
-        hidden = hidden.reshape(n, hidden.shape[-1])
+        n = math.prod(leading)
+        logits, hidden = logits.reshape(n, vocabulary), hidden.reshape(n, width)
     n, vocabulary = logits.shape
     *adapters, width, rank = U.shape
     columns = V.shape[-1]
-    _expect("hidden", hidden, (n, width))
-    _expect("V", V, (*adapters, rank, columns))
-    if bias is not None:
-        _expect("bias", bias, (*adapters, columns))
-    if mean is not None:
-        _expect("mean", mean, (*adapters, width))
+    if hidden.shape != (n, width):
+        _refuse_shape("hidden", hidden, (n, width))
+    if V.shape != (*adapters, rank, columns):
+        _refuse_shape("V", V, (*adapters, rank, columns))
+    if bias is not None and bias.shape != (*adapters, columns):
+        _refuse_shape("bias", bias, (*adapters, columns))
+    if mean is not None and mean.shape != (*adapters, width):
+        _refuse_shape("mean", mean, (*adapters, width))
     if cols is not None:
-        _expect("cols", cols, (*adapters, columns) if cols.dim() == 2 else (columns,))
+        expected = (*adapters, columns) if cols.dim() == 2 else (columns,)
+        if cols.shape != expected:
+            _refuse_shape("cols", cols, expected)
         _expect_int64("cols", cols)
     elif columns != vocabulary:
         raise ValueError(f"V has {columns} columns and the logits {vocabulary}: name the columns with cols")
@@ -144,16 +150,16 @@ def _checked(logits, hidden, U, V, bias, mean, cols, adapter_id) -> tuple[Tensor
         if not adapters or adapters[0] == 0:
             raise ValueError("adapter_id needs stacked adapters: U [A, D, r] and V [A, r, K]")
         adapter_id = adapter_id.reshape(-1)
-        _expect("adapter_id", adapter_id, (n,))
+        if adapter_id.shape != (n,):
+            _refuse_shape("adapter_id", adapter_id, (n,))
         _expect_int64("adapter_id", adapter_id)
     elif adapters and adapters[0] != 1:
         raise ValueError(f"{adapters[0]} adapters need adapter_id, one id per row")
     return logits, (hidden, U, V, bias, mean, cols, adapter_id)
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+def _refuse_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def _expect_int64(name: str, ids: Tensor) -> None:
@@ -208,37 +214,18 @@ def _gradients(grad, needed, hidden, U, V, bias, mean, cols, adapter_id) -> list
     return [None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, U, V, bias, mean), strict=True)]
 
 
-def _cpu_(logits, hidden, U, V, bias, mean, cols, adapter_id) -> None:
-    inputs = logits, hidden, U, V, bias, mean, cols, adapter_id
-    if False in [t is None or t.is_contiguous() for t in inputs]:
-        inputs = tuple(map(backends.rows_contiguous, inputs))
-    out, hidden, U, V, bias, mean, cols, adapter_id = inputs
-    stacked = U.dim() == 3
-    backends._C.delta_logits_(
-        _args(out),
-        _args(hidden),
-        _args(U),
-        _args(V),
-        None if bias is None else _args(bias),
-        None if mean is None else _args(mean),
-        U.shape[0] if stacked else 1,
-        U.stride(0) if stacked else 0,
-        V.stride(0) if stacked else 0,
-        cols.stride(0) if stacked and cols is not None and cols.dim() == 2 else 0,
-        0 if cols is None else cols.data_ptr(),
-        0 if adapter_id is None else adapter_id.data_ptr(),
-    )
-    if out is not logits:
-        logits.copy_(out)
+def _cpu_(logits, *arguments) -> None:
+    if not backends._C.delta_logits_(*map(_args, (logits, *arguments))):
+        out, *rest = map(backends.rows_contiguous, (logits, *arguments))
+        backends._C.delta_logits_(*map(_args, (out, *rest)))
+        if out is not logits:
+            logits.copy_(out)
     torch.autograd.graph.increment_version(logits)
 
 
-def _args(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """`backends.matrix_args`, also for the first matrix of a stack, and quick: decoding calls it for every token."""
-    shape = tensor.shape
-    if len(shape) == 1:
-        return tensor.data_ptr(), 1, shape[0], 0, backends.DTYPE_CODES[tensor.dtype]
-    return tensor.data_ptr(), shape[-2], shape[-1], tensor.stride(-2), backends.DTYPE_CODES[tensor.dtype]
+def _args(tensor: Tensor | None) -> tuple | None:
+    """A tensor as the extension takes it here: what little Python does for every token of a decoding model counts."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), _CODES[tensor.dtype])
 
 
 def _cpu(logits, *arguments) -> Tensor:

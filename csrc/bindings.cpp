@@ -18,14 +18,35 @@ namespace {
 // (data_ptr, rows, cols, row_stride, dtype) or None
 Matrix matrix(const py::object& given) {
   if (given.is_none()) return {};
-  long long at[5];  // by Python's own functions: a decoding step converts several matrices in a microsecond or two
-  for (int i = 0; i < 5; ++i) {
-    PyObject* value = PyTuple_GetItem(given.ptr(), i);
-    at[i] = value ? PyLong_AsLongLong(value) : -1;
-    if (at[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  return {reinterpret_cast<void*>(at[0]), at[1], at[2], at[3], static_cast<DType>(at[4])};
+  auto t = given.cast<py::tuple>();
+  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(), static_cast<DType>(t[4].cast<int>())};
 }
+
+int64_t integer(PyObject* tuple, Py_ssize_t place) {
+  PyObject* value = PyTuple_GetItem(tuple, place);
+  int64_t result = value ? PyLong_AsLongLong(value) : -1;
+  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
+}
+
+// (data_ptr, shape, strides, dtype) or None: the last two dimensions as a matrix, and the step to the next one in a stack.
+struct Stack {
+  Matrix first{};
+  int64_t count = 1, step = 0;
+  bool contiguous = true;  // in the last dimension
+
+  explicit Stack(const py::object& given) {
+    if (given.is_none()) return;
+    PyObject *t = given.ptr(), *shape = PyTuple_GetItem(t, 1), *stride = PyTuple_GetItem(t, 2);
+    Py_ssize_t dims = PyTuple_Size(shape);
+    if (dims < 1) throw py::error_already_set();
+    first = {reinterpret_cast<void*>(integer(t, 0)), dims > 1 ? integer(shape, dims - 2) : 1, integer(shape, dims - 1),
+             dims > 1 ? integer(stride, dims - 2) : 0, static_cast<DType>(integer(t, 3))};
+    contiguous = first.cols <= 1 || integer(stride, dims - 1) == 1;
+    if (dims > 2) count = integer(shape, 0), step = integer(stride, 0);
+  }
+};
 
 template <class T>
 T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
@@ -149,12 +170,19 @@ PYBIND11_MODULE(_C, m) {
     Matrix W = matrix(out);
     DISPATCH(tridiagonal_solve(args, W));
   });
+  // Returns false, with nothing done, where a last dimension is not contiguous.
   m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
-                            const py::object& bias, const py::object& mean, int64_t adapters, int64_t stride_U,
-                            int64_t stride_V, int64_t stride_cols, uintptr_t cols, uintptr_t adapter_id) {
-    chassis::DeltaLogits args{matrix(logits), matrix(hidden), matrix(U), matrix(V), matrix(bias), matrix(mean), adapters,
-                              stride_U, stride_V, stride_cols, pointer<int64_t>(cols), pointer<int64_t>(adapter_id)};
+                            const py::object& bias, const py::object& mean, const py::object& cols, const py::object& ids) {
+    const Stack given[] = {Stack(logits), Stack(hidden), Stack(U),    Stack(V),
+                           Stack(bias),   Stack(mean),   Stack(cols), Stack(ids)};
+    for (const Stack& each : given)
+      if (!each.contiguous) return false;
+    const Stack &down = given[2], &up = given[3], &columns = given[6];
+    chassis::DeltaLogits args{given[0].first, given[1].first, down.first, up.first, given[4].first, given[5].first, down.count,
+                              down.step, up.step, columns.first.stride, static_cast<int64_t*>(columns.first.data),
+                              static_cast<int64_t*>(given[7].first.data)};
     DISPATCH(delta_logits_(args));
+    return true;
   });
   m.def("linear_kl", [](const py::tuple& inputs, const py::tuple& result, const py::tuple& grads, const py::object& room) {
     chassis::LinearKL args = linear_kl_args(inputs);

@@ -205,7 +205,7 @@ class Update {
       };
       auto low = [&](const Group& group) { return Rows{own.get() + group.first * ldr, group.rows}; };
       share(up, [&](const Task& task, const Group& group) {
-        if (!columns_at(task.group).whole)
+        if (columns_at(task.group).ids && !columns_at(task.group).whole && group.rows > 1)  // one row: in time by itself
           ahead.add(g.logits, row_order.data() + group.first, group.rows, columns_at(task.group), task.j, task.count);
         calls += stream_calls(group.rows, task.depth, task.count);
       });
