@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 LABELS = {"N": "rows N", "T": "positions T", "V": "vocabulary V", "V_s": "student vocabulary V_s", "D": "width D"}
+LABELS_OF = {("moments", "T"): "targets T", ("ridge_cv", "T"): "targets T"}
 FOLLOWS = {"D": "T", "V_s": "V_t"}  # sizes that move together where they are equal
 MARKERS = "osD^vP*X<>phd8"
 OURS, OTHERS = (
@@ -55,7 +56,7 @@ def _against(rows: list[dict], name: str, path: Path) -> list[Path]:
             ticks.append(size)
     for axis, what in zip(axes, ("median ms, band p20 to p80", "peak MiB beyond the inputs"), strict=True):
         _proportional(axis, ticks)
-        axis.set(xlabel=LABELS[name], ylabel=what, xscale="log", yscale="log")
+        axis.set(xlabel=LABELS_OF.get((best[0]["op"], name), LABELS[name]), ylabel=what, xscale="log", yscale="log")
         axis.set_xticks(ticks, ticks, minor=False)
         axis.minorticks_off()
         _plain(axis.yaxis)

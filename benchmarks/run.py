@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks.cases import DTYPES, OPS, cases  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
-from benchmarks.tables import markdown, table  # noqa: E402
+from benchmarks.tables import drop_ins, markdown, table  # noqa: E402
 
 LEVEL_HELP = {
     "tiny": "seconds",
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write the rows here, a .jsonl file")
     parser.add_argument("--rows", action="append", type=Path, help="rows from this .jsonl file; of equals the last counts")
     parser.add_argument("--table", action="store_true", help="print the README's Markdown table")
+    parser.add_argument("--drop-ins", action="store_true", help="print the README's figures of its drop-ins")
     parser.add_argument("--plot", action="store_true", help="write PNGs next to --out, or into benchmarks/results")
     size = parser.add_mutually_exclusive_group()
     for level, what in LEVEL_HELP.items():
@@ -99,7 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(line + "\n")
     if given.table:
         print(markdown(rows))
-    elif not given.json:
+    if given.drop_ins:
+        print(drop_ins(rows))
+    if not (given.table or given.drop_ins or given.json):
         from rich.console import Console
 
         Console(width=None if sys.stdout.isatty() else 160).print(table(rows))

@@ -7,6 +7,36 @@ from benchmarks.cases import DTYPES, OPS
 VARIANTS = {"chassis": "", "chassis_reused": ", reused gradient", "chassis_in_place": ", gradient in place"}
 HEAD = ("op", "shape", *(f"{dtype}, × eager (× compile)" for dtype in DTYPES), "peak MiB, ours / eager")
 
+# What is replaced, as the README writes it: the op and shape it is measured at, who runs it, and which way of ours instead.
+DROP_INS = {
+    "`solve(Xc.T @ Xc + lam * I, Xc.T @ Yc)`": ("ridge", "N=4096 D=1024 V=0", "eager", "chassis"),
+    "`torch.linalg.lstsq(Xc, Yc).solution`": ("ridge", "N=4096 D=1024 V=0 alpha=0", "torch.linalg.lstsq", "chassis"),
+    "`Ridge(lam).fit(X, Y)`": ("ridge", "N=4096 D=1024 V=0", "scikit-learn", "chassis"),
+    "`RidgeCV(alphas).fit(X, Y)`": ("ridge_cv", "N=4096 D=256 T=128 alphas=20 form=GCV", "scikit-learn", "chassis"),
+    "`IncrementalPCA(k).fit(X)`": ("pca", "N=16384 D=256 k=32", "IncrementalPCA", "chassis_batches"),
+    "`torch.cov(X.T, correction=0)`": ("moments", "N=4096 D=2048 T=0 batches=1", "torch.cov", "chassis"),
+    "`xx += x.T @ x; xy += x.T @ y`": ("moments", "N=4096 D=2048 T=2048 batches=64", "eager", "chassis"),
+    "`logits[:, cols] += ((h - mean) @ U) @ V + c`": (
+        "delta_logits",
+        "N=64 D=2048 r=128 K=2048 V=32000",
+        "eager_indexed",
+        "chassis",
+    ),
+    "`kl_div(log_softmax(h_a @ W_a.T), log_softmax(h_b @ W_b.T))`": (
+        "linear_kl",
+        "N=512 D=2048 V=32000 r=0",
+        "eager",
+        "chassis",
+    ),
+    "an eager cross-tokenizer KL": ("projection_kl", "T=512 V_s=32000 V_t=51200 K=4 k=8192", "eager", "chassis"),
+    "`torch.sparse.mm(M.T, softmax(z, 1).T).T.log()`": (
+        "bridge_project",
+        "N=256 V_E=151936 V_B=128256 K=2",
+        "eager",
+        "chassis",
+    ),
+}
+
 
 def table(rows: list[dict]):
     """Rich tables of the rows that were timed, one a case; the others' reasons below them."""
@@ -48,6 +78,20 @@ def markdown(rows: list[dict]) -> str:
             ratios.append(f"{ours['ratio_to_eager']:.1f}{beside}")
             peak = peak or f"{_mebibytes(ours)} / {_mebibytes(eager)}"
         lines.append("| " + " | ".join((f"`{op}`{VARIANTS[provider]}", shape, *ratios, peak)) + " |")
+    return "\n".join(lines)
+
+
+def drop_ins(rows: list[dict]) -> str:
+    """One line per entry of DROP_INS whose two sides were timed in float32."""
+    timed = {
+        (row["op"], _shape(row), row["provider"]): row for row in rows if (row["status"], row["dtype"]) == ("ok", "fp32")
+    }
+    lines = ["| instead of | measured at | times as fast | error, theirs → ours |", "|" + "---|" * 4]
+    for code, (op, shape, *providers) in DROP_INS.items():
+        theirs, ours = (timed.get((op, shape, provider)) for provider in providers)
+        if theirs and ours:
+            ratio, errors = theirs["median_ms"] / ours["median_ms"], f"{theirs['error']:.1e} → {ours['error']:.1e}"
+            lines.append(f"| {code} | `{op}` {shape} | {ratio:.1f} | {errors} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import ceilings, measure, plots, run, timing  # noqa: E402
+from benchmarks import ceilings, measure, plots, run, tables, timing  # noqa: E402
 from benchmarks.cases import LEVELS, OPS, cases, simple  # noqa: E402
 from benchmarks.peers import PEERS, peers_of  # noqa: E402
 
@@ -116,7 +116,7 @@ def test_a_peer_that_is_missing_or_does_not_apply_says_why(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     providers, reasons = peers_of(case, "cpu")
     assert not providers and set(reasons.values()) == {"is not installed"} and "liger-kernel" in reasons
-    assert not any(peers_of(cases("moments", "tiny")[0], "cpu")) and len(set(PEERS)) == len(PEERS)
+    assert not any(peers_of(cases("delta_logits", "tiny")[0], "cpu")) and len(set(PEERS)) == len(PEERS)
 
 
 def test_a_backend_of_a_gpu_is_a_provider_of_its_own(monkeypatch):
@@ -149,6 +149,15 @@ def test_the_readme_shows_what_the_rows_say(capsys, monkeypatch):
     for arguments, shown in blocks:
         assert run.main(arguments.split()) == 0
         assert capsys.readouterr().out == shown
+
+
+def test_every_drop_in_of_the_readme_is_measured(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    section = (ROOT / "README.md").read_text().split("## Drop-ins")[1].split("<!-- ")[0]
+    assert run.main(["--rows", "benchmarks/results/cpu.jsonl", "--drop-ins"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {code}" for code in tables.DROP_INS]
+    assert all(f"| {code} |" in section for code in tables.DROP_INS)
 
 
 def test_of_rows_that_are_equal_the_last_counts(tmp_path, capsys):

@@ -24,7 +24,8 @@ SHAPES = {
     "default": [_BAR | _BOTH, _BAR | _ALONE, _BAR | {"batches": 64} | _BOTH],
     "scaling": _LAYERS
     + [{"N": n, "D": 2048} | _BOTH for n in (1024, 16384)]
-    + [{"N": 4096, "D": d} | _BOTH for d in (512, 1000, 1024, 4096)],
+    + [{"N": 4096, "D": d} | _BOTH for d in (512, 1000, 1024, 4096)]
+    + [{"N": 4096, "D": 1024, "T": t} | _BOTH for t in (256, 4096, 16384)],
     "gpu": [{"N": 1 << n, "D": d} | form for n, d in ((14, 2048), (18, 4096), (16, 8192)) for form in (_BOTH, _ALONE)],
 }
 
@@ -79,17 +80,17 @@ def layered(N: int, D: int, layers: int, dtype: str) -> Case:
     )
 
 
-def case(N: int, D: int, form: str, dtype: str, batches: int = 1, layers: int = 1) -> Case:
-    """`form` "X and Y" has T = D targets."""
+def case(N: int, D: int, form: str, dtype: str, batches: int = 1, layers: int = 1, T: int | None = None) -> Case:
+    """`form` "X and Y" has T targets, by default D."""
     if layers > 1:
         return layered(N, D, layers, dtype)
-    T = D if form == "X and Y" else 0
+    T = (T or D) if form == "X and Y" else 0
     size = _DTYPES[dtype].itemsize
 
     def make(device):
         normal = generator(device)
-        x, y = (normal(N, width).to(_DTYPES[dtype]) for width in (D, D))
-        return x, y if T else None
+        x, y = (normal(N, width).to(_DTYPES[dtype]) if width else None for width in (D, T))
+        return x, y
 
     def parts(x, y):
         return zip(x.chunk(batches), y.chunk(batches) if T else [None] * batches, strict=True)

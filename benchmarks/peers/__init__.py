@@ -11,7 +11,17 @@ import importlib.util
 
 from benchmarks.cases import Case, Provider
 
-PEERS = ("linear_cross_entropy", "liger", "cut_cross_entropy", "sklearn", "incremental_pca", "himalaya", "peft_lora")
+PEERS = (
+    "linear_cross_entropy",
+    "liger",
+    "cut_cross_entropy",
+    "lstsq",
+    "cov",
+    "sklearn",
+    "incremental_pca",
+    "himalaya",
+    "peft_lora",
+)
 
 
 def peers_of(case: Case, device: str) -> tuple[dict[str, Provider], dict[str, str]]:

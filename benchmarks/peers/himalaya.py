@@ -15,10 +15,12 @@ def provide(case: Case, device: str) -> Provider | str:
     from himalaya.backend import set_backend
 
     set_backend("torch_cuda" if device == "cuda" else "torch")
-    return _ridge() if case.op == "ridge" else _ridge_cv(case)
+    return _ridge(case) if case.op == "ridge" else _ridge_cv(case)
 
 
-def _ridge() -> Provider:
+def _ridge(case: Case) -> Provider | str:
+    if case.shape.get("alpha") == 0:
+        return "is for a penalty above 0"
     from himalaya.ridge import Ridge
 
     def fit(x, h, head):

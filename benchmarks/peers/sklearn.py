@@ -20,9 +20,11 @@ def provide(case: Case, device: str) -> Provider | str:
 def _ridge(case: Case) -> Provider:
     from sklearn.linear_model import Ridge
 
+    alpha = case.shape.get("alpha", ridge.ALPHA)
+
     def fit(x, h, head):
         targets = h if head is None else h @ head.T
-        return torch.from_numpy(Ridge(ridge.ALPHA, solver="cholesky").fit(x.numpy(), targets.numpy()).coef_.T)
+        return torch.from_numpy(Ridge(alpha, solver="cholesky").fit(x.numpy(), targets.numpy()).coef_.T)
 
     return simple(fit)
 
