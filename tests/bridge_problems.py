@@ -1,6 +1,8 @@
 """Small tokenizers and made-up experts for tests of the bridge."""
 
+import numpy as np
 import torch
+from chassis.bridge.pretokens import FOLLOWING
 from chassis.text.token_bytes import TokenBytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -19,3 +21,14 @@ def random_logits(plan, width, seed=0):
     """Logits that depend on the tokens that lead to a node alone."""
     rows = [torch.Generator().manual_seed(hash((seed, *plan.tree.path(node))) % 2**62) for node in range(len(plan.tree))]
     return torch.stack([2 * torch.randn(width, generator=g) for g in rows])
+
+
+def encodings(expert, data):
+    """Of a beginning of a piece, before each of FOLLOWING."""
+    found = set()
+    for after in FOLLOWING:
+        encoded = expert.encode(data.decode() + after)
+        n = int(np.searchsorted(encoded.ends, len(data), side="right"))
+        if sum(expert.lengths[encoded.ids[:n]]) == len(data):
+            found.add(tuple(encoded.ids[:n].tolist()))
+    return found

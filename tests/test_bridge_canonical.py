@@ -2,10 +2,13 @@ import time
 
 import numpy as np
 import pytest
+from bridge_problems import encodings
 from chassis.bridge import Bridge
 from chassis.bridge.canonical import CanonicalMask
+from chassis.bridge.leaves import Leaves
 from chassis.bridge.merges import Merges
-from chassis.bridge.pretokens import FOLLOWING, JOINED, SPLIT, _before
+from chassis.bridge.plan import UnderWay
+from chassis.bridge.pretokens import FOLLOWING, JOINED, SPLIT, Splits, _before
 from chassis.testbed.tokenizers import synthetic_bpe
 from chassis.text.token_bytes import TokenBytes
 from families import byte_level, metaspace_bpe, sentencepiece_bpe, unigram
@@ -87,6 +90,17 @@ def test_pretokenizer_states_tell_all_tokens_apart():
         )
 
 
+@pytest.mark.parametrize("name", list(BPE))
+def test_splits_found_for_all_tokens_are_those_found_one_by_one(name):
+    tokens = TokenBytes.from_tokenizer(BPE[name]())
+    one, all_at_once = CanonicalMask(tokens), CanonicalMask(tokens)
+    packed = all_at_once.find_splits().pack()
+    read = CanonicalMask(tokens, splits=Splits.unpack(packed))
+    previous = range(tokens.width)
+    for mask in (all_at_once, read):
+        assert np.array_equal(mask.rows(previous), one.rows(previous))
+
+
 def test_joins_are_those_of_taking_both_tokens_apart():
     """The definition, pair by pair: the piece of the highest rank is taken apart, until the two that meet join first."""
     merges = Merges.read(TokenBytes.from_tokenizer(BPE["no_split"]()))
@@ -124,3 +138,13 @@ def test_large_vocabularies_take_seconds():
     masked = time.process_time()
     assert bridge.coverage()["unmapped_tokens"] == 0 and len(lists) == len(set(previous.tolist()))
     assert built - started < 20 and masked - built < 10
+
+
+@pytest.mark.parametrize("make", [*BPE.values(), unigram])
+def test_beginnings_are_encoded_as_before_each_text_that_may_follow(make):
+    tokens = TokenBytes.from_tokenizer(make())
+    under_way = UnderWay(Leaves(tokens), CanonicalMask(tokens))
+    text = "f(x):\n        return\n\n\n\t  if x1  and   it's:" + 40 * " " + "dog\r\n" + 23 * " " + "the  quick"
+    beginnings = [text[:end].encode() for end in range(1, len(text) + 1)]
+    for data, found in under_way.encodings(beginnings).items():
+        assert set(map(tuple, found)) == encodings(tokens, data) and len(found) == len(set(map(tuple, found)))

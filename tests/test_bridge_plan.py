@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from bridge_problems import random_logits
+from bridge_problems import encodings, random_logits
 from chassis.bridge import Bridge
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.plan import Plan
 from chassis.bridge.prefixes import Prefixes
-from chassis.bridge.pretokens import FOLLOWING
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, byte_level, sentencepiece_bpe, unigram
 from hypothesis import given, settings
@@ -68,17 +67,6 @@ def test_what_may_be_at_hand_is_what_the_definition_says(bridge, text):
         assert {tuple(plan.tree.path(node)) for node in plan.complete[i]} == ended
         assert {(tuple(plan.tree.path(node)), so_far) for node, so_far in plan.under_way[i]} == begun
         assert len(plan.complete[i]) == len(ended) and len(plan.under_way[i]) == len(begun)
-
-
-def encodings(expert, data):
-    """Of a beginning of a piece, before each of FOLLOWING."""
-    found = set()
-    for after in FOLLOWING:
-        encoded = expert.encode(data.decode() + after)
-        n = int(np.searchsorted(encoded.ends, len(data), side="right"))
-        if sum(expert.lengths[encoded.ids[:n]]) == len(data):
-            found.add(tuple(encoded.ids[:n].tolist()))
-    return found
 
 
 def test_texts_joined_give_what_each_gives(bridge):

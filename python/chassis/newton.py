@@ -34,7 +34,7 @@ STEP, SEMANTIC = "Gauss-Newton step", "semantic change"
 INITS = ("both", "newton", "semantic")
 STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
 SHARES = (0.5, 0.25)  # of the semantic change
-TILE = 512  # rows whose probabilities exist at a time
+TILE = 256  # rows whose probabilities exist at a time
 
 
 class ProbabilityStatistics(Statistics):
@@ -50,10 +50,10 @@ class ProbabilityStatistics(Statistics):
         for hidden, log_q in zip(rows.final.split(TILE), rows.expert.split(TILE), strict=True):
             q = log_q.float().exp()
             p, slope = probabilities(hidden, self.base)
-            change = (q - p) * slope if slope is not None else q - p
-            self.final.update(hidden, self.base.scale * (change @ self.base.weight.float()))
-            self.p_sum += q.sum(0, dtype=torch.float64)
-            self.base_p_sum += p.sum(0, dtype=torch.float64)
+            self.p_sum += q.sum(0)  # of TILE rows float32 loses nothing that counts
+            self.base_p_sum += p.sum(0)
+            change = q.sub_(p) if slope is None else q.sub_(p).mul_(slope)
+            self.final.update(hidden, (change @ self.base.weight.float()).mul_(self.base.scale))
         self.n_rows += len(rows.final)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -186,7 +186,7 @@ class Probe:
 
     def _check_finite(self, rows: Rows, windows: Sequence[Window]) -> None:
         for name, states in (("base", rows.final), (f"expert {self.expert.name!r}", rows.expert)):
-            bad = ~torch.isfinite(states).all(1)
+            bad = ~(states.amin(1).isfinite() & states.amax(1).isfinite())  # a NaN is both; of all entries, ten times slower
             if bad.any():
                 document = windows[int(rows.window[bad][0])].document
                 raise ChassisError(

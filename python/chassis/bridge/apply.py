@@ -44,17 +44,26 @@ class Mixtures(NamedTuple):
 
 
 class States:
-    """Logits [n_nodes, >= V_E] at the nodes of a plan's tree, with log P of the token that leads to each node."""
+    """Logits [n_nodes, >= V_E] at the nodes of a plan's tree, with log P of the token that leads to each node. `log_sums`
+    [n_nodes]: log Σ exp of all logits, of use where all of them are of tokens."""
 
     def __init__(
-        self, plan: Plan, logits: Tensor, under_way: UnderWay, padding: Tensor | None, temperature: float = 1.0
+        self,
+        plan: Plan,
+        logits: Tensor,
+        under_way: UnderWay,
+        padding: Tensor | None,
+        temperature: float = 1.0,
+        log_sums: Tensor | None = None,
     ) -> None:
         self.plan, self.under_way, self.temperature = plan, under_way, temperature
         self.logits = logits[:, : under_way.leaves.n_expert]
         if padding is not None:
             self.logits = self.logits.masked_fill(padding.to(logits.device), -torch.inf)
-        parts = (part.float() for part in self.logits.split(256))
-        self.lse = torch.cat([(part if temperature == 1 else part / temperature).logsumexp(1) for part in parts])
+        if log_sums is None or padding is not None or temperature != 1 or logits.shape[1] > self.logits.shape[1]:
+            parts = (part.float() for part in self.logits.split(64))
+            log_sums = torch.cat([(part if temperature == 1 else part / temperature).logsumexp(1) for part in parts])
+        self.lse = log_sums
         tree = plan.tree
         edge = self.log_p(torch.from_numpy(tree.parent), torch.from_numpy(tree.tokens)).double().cpu().numpy()
         path: list[float] = []

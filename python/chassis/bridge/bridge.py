@@ -35,6 +35,7 @@ from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plan
+from chassis.bridge.pretokens import Splits
 from chassis.bridge.row_probabilities import row_probabilities
 from chassis.bridge.rules import METHODS, special_pairs, string_table
 from chassis.errors import BridgeError
@@ -46,7 +47,8 @@ from chassis_kernels.bridge_project import Bridged
 from chassis_kernels.reference.bridge_project import expert_probabilities
 
 COUNTED = ("counted", "jeffrey_counted")  # methods that need text
-FORMAT = "chassis.bridge", "1"
+FORMAT = "chassis.bridge"
+VERSIONS = "1", "2"  # 1: without `Splits`, which are then found where they are asked for
 FLOOR = 1e-4  # share of the base's unigram distribution in a score, so that a token never counted has a probability
 
 
@@ -59,7 +61,7 @@ class Bridge:
         self.expert, self.base, self.method = expert, base, method
         self.table, self.leaves, self.unigram = table, leaves, unigram
         self.identical = expert.hash == base.hash and expert.bytes[: base.width] == base.bytes[: expert.width]
-        self._mask: CanonicalMask | None = None
+        self._splits: dict[str, Splits | None] = {"expert": None, "base": None}
         self._under_way: UnderWay | None = None
 
     @classmethod
@@ -102,15 +104,24 @@ class Bridge:
     @property
     def mask(self) -> CanonicalMask:
         """What cannot follow a base token; made when first asked for."""
-        if self._mask is None:
-            self._mask = CanonicalMask(self.base)
-        return self._mask
+        return self.masks["base"]
+
+    @cached_property
+    def masks(self) -> dict[str, CanonicalMask]:
+        """What cannot follow a token of the "expert" and of the "base"."""
+        return {name: CanonicalMask(getattr(self, name), splits=splits) for name, splits in self._splits.items()}
+
+    def find_splits(self) -> Bridge:
+        """Find out now what the masks will need, which `save` keeps; else it is found token by token as they come."""
+        for mask in self.masks.values():
+            mask.find_splits()
+        return self
 
     @property
     def under_way(self) -> UnderWay:
         """Which expert tokens may be under way; made when first asked for."""
         if self._under_way is None:
-            self._under_way = UnderWay(self.leaves, CanonicalMask(self.expert))
+            self._under_way = UnderWay(self.leaves, self.masks["expert"])
         return self._under_way
 
     @property
@@ -136,21 +147,22 @@ class Bridge:
         logits: Tensor,
         *,
         base_log_probs: Tensor | None = None,
+        log_sums: Tensor | None = None,
         masked: bool = True,
         temperature: float = 1.0,
     ) -> Bridged:
         """log q [n, V_B], mapped mass [n] and uncertainty [n] at the base positions of a plan.
 
-        logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`; base_log_probs [n, V_B], the base's own, for
-        methods that ask it. With the same tokenizer on both sides log q is log_softmax(logits), bit for bit. Within a word
-        that the expert's tokens do not spell (its unknown token) no state is at hand: there log q is the base's unigram
-        distribution, mass 0 and uncertainty 1. Raises BridgeError for tensors of another shape, and where the base's are
-        missing.
+        logits [n_nodes, >= V_E] of the next token at the nodes of `plan.tree`; log_sums [n_nodes] their log Σ exp where it
+        is known; base_log_probs [n, V_B], the base's own, for methods that ask it. With the same tokenizer on both sides log
+        q is log_softmax(logits), bit for bit. Within a word that the expert's tokens do not spell (its unknown token) no
+        state is at hand: there log q is the base's unigram distribution, mass 0 and uncertainty 1. Raises BridgeError for
+        tensors of another shape, and where the base's are missing.
         """
         self._check_logits(logits, len(plan.tree))
         if self.identical:
             return self._same(logits[torch.from_numpy(plan.ended)], temperature)
-        states = States(plan, logits, self.under_way, self.padding, temperature)
+        states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
         blocked = self._blocked(plan.previous) if masked else None
         if self.asks_base:
             self._check_asked(base_log_probs, len(plan))
@@ -229,14 +241,17 @@ class Bridge:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the table and the hashes of both tokenizers as one safetensors file."""
-        about = {"format": FORMAT[0], "version": FORMAT[1], "method": self.method}
+        """Write the table, what the masks need and the hashes of both tokenizers as one safetensors file."""
+        about = {"format": FORMAT, "version": VERSIONS[-1], "method": self.method}
         about |= {
             "expert": self.expert.hash,
             "base": self.base.hash,
             "names": json.dumps([self.expert.name, self.base.name]),
         }
         tensors = {"start": self.table.start, "ids": self.table.ids, "weights": self.table.weights, "unigram": self.unigram}
+        for side, mask in self.find_splits().masks.items():
+            if mask.splits is not None:
+                tensors |= {f"{side}.{name}": torch.from_numpy(array) for name, array in mask.splits.pack().items()}
         return write_file(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, about))
 
     @classmethod
@@ -249,8 +264,8 @@ class Bridge:
                 about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise BridgeError(f"{path} is damaged ({error}): build the bridge again") from error
-        if (about.get("format"), about.get("version")) != FORMAT:
-            raise BridgeError(f"{path} is no bridge of version {FORMAT[1]}: its metadata are {about}")
+        if about.get("format") != FORMAT or about.get("version") not in VERSIONS:
+            raise BridgeError(f"{path} is no bridge of version {' or '.join(VERSIONS)}: its metadata are {about}")
         for side, tokens in (("expert", expert), ("base", base)):
             if about[side] != tokens.hash:
                 raise BridgeError(
@@ -264,7 +279,11 @@ class Bridge:
                 f"{base.width}: it was built for heads of other widths"
             )
         table = BridgeTable(tensors["start"], tensors["ids"], tensors["weights"], base.width, expert.width)
-        return cls(expert, base, about["method"], table, leaves, tensors["unigram"])
+        bridge = cls(expert, base, about["method"], table, leaves, tensors["unigram"])
+        for side in bridge._splits:
+            packed = {name: tensors[f"{side}.{name}"].numpy() for name in Splits._fields if f"{side}.{name}" in tensors}
+            bridge._splits[side] = Splits.unpack(packed) if packed else None
+        return bridge
 
     def _same(self, logits: Tensor, temperature: float) -> Bridged:
         logits = logits[:, : self.base.width] / temperature if temperature != 1 else logits[:, : self.base.width]

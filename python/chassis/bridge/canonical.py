@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from chassis.bridge.merges import Merges
-from chassis.bridge.pretokens import FOLLOWING, PreTokens
+from chassis.bridge.pretokens import FOLLOWING, PreTokens, Splits
 from chassis.bridge.stretches import starts
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BlockedTokens
@@ -29,10 +29,11 @@ CELLS = 4_000_000  # pairs of tokens looked at at once
 
 
 class CanonicalMask:
-    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for."""
+    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for. `splits`: what an earlier one has
+    found out with `find_splits`."""
 
-    def __init__(self, tokens: TokenBytes, *, by_merges: bool = True) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: TokenBytes, *, by_merges: bool = True, splits: Splits | None = None) -> None:
+        self.tokens, self.splits = tokens, splits
         self.texts = [_text(data) if ok else None for data, ok in zip(tokens.bytes, tokens.is_text, strict=True)]
         known = [index for index, text in enumerate(self.texts) if text is not None]
         encoded = tokens.ids_of([self.texts[index] for index in known])
@@ -42,8 +43,14 @@ class CanonicalMask:
         self.whole[known] = True
         self._inside = np.array([bool(data) and data[0] in CONTINUATION for data in tokens.bytes])
         self._merges = Merges.read(tokens) if by_merges else None
-        self._pretokens = PreTokens(tokens, self.texts) if self._merges else None
+        self._pretokens = PreTokens(tokens, self.texts) if self._merges and splits is None else None
         self._known: dict[int, np.ndarray] = {}  # packed: most tokens are blocked after most tokens
+
+    def find_splits(self) -> Splits | None:
+        """Ask the pre-tokenizer about all tokens, not only those that come; None for models that are asked by encoding."""
+        if self.splits is None and self._pretokens is not None:
+            self.splits = self._pretokens.splits()
+        return self.splits
 
     def blocked_after(self, previous: int) -> np.ndarray:
         """Ids [n] of the text tokens that cannot follow token `previous`."""
@@ -83,7 +90,7 @@ class CanonicalMask:
         blocked = self._inside | (self.whole & ~self.alone)
         if self._merges is None:
             return blocked | self._by_encoding(previous)
-        split, joined = self._pretokens.after(previous)
+        split, joined = (self.splits or self._pretokens).after(previous)
         return blocked | (self.whole & ~split & (~joined | self._merges.would_join(previous)))
 
     def _by_encoding(self, previous: int) -> np.ndarray:

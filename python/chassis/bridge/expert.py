@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from chassis.bridge.bridge import FLOOR, Bridge
+from chassis.bridge.forest import read_plans
 from chassis.bridge.plan import Plan
-from chassis.bridge.states import trees_logits
 from chassis.bridge.stretches import starts
 from chassis.bridge.windows import text_windows
 from chassis.errors import BridgeError
@@ -26,8 +26,9 @@ class BridgedExpert:
     """A causal LM read through a bridge. `rows` are log q [B, T, V], FLOOR of the base's unigram distribution mixed in.
 
     Row t predicts the token after position t from the text before that token alone. Windows are cut from documents by
-    `windows`, where tokens of both models end. `aligned_only` is the ablation: nothing is said but where a token of the
-    expert ends in the encoding of the whole text, and there it is taken for known that one ended. The base cannot see that.
+    `windows`, where tokens of both models end. `share` leaves out states that hardly count (`forest`). `aligned_only` is the
+    ablation: nothing is said but where a token of the expert ends in the encoding of the whole text, and there it is taken
+    for known that one ended. The base cannot see that.
     """
 
     log_probs = True
@@ -40,9 +41,10 @@ class BridgedExpert:
         bos_id: int | None,
         name: str = "expert",
         *,
+        share: float = 0.0,
         aligned_only: bool = False,
     ) -> None:
-        self.aligned_only = aligned_only
+        self.share, self.aligned_only = share, aligned_only
         self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
         self.readout = Readout(None)
         self._floor = FLOOR * bridge.unigram.float()
@@ -77,11 +79,11 @@ class BridgedExpert:
             plans.append(plan)
         for group in self._groups(plans):
             some = [plans[row] for row in group]
-            logits = trees_logits(self.model, [plan.tree for plan in some], self.start_id)
+            read = read_plans(self.model, some, self.start_id, self.bridge.expert.lengths, self.share)
             if self.aligned_only:
-                q, aligned = self._aligned(some[0], logits)
+                q, aligned = self._aligned(some[0], read.logits)
             else:
-                q = self.bridge.apply(Plan.join(some), logits).log_q.exp_()
+                q = self.bridge.apply(read.plan, read.logits, log_sums=read.log_sums).log_q.exp_()
             log_q = q.mul_(1 - FLOOR).add_(self._floor.to(q)).log_()
             begin = starts([len(plan) for plan in some])
             source = torch.from_numpy(np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)]))

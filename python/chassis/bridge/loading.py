@@ -28,6 +28,7 @@ from chassis.text.token_bytes import TokenBytes
 
 AUTO = "auto"
 FIT_WINDOWS = 160  # that both models read for a map between their hidden states
+SHARE = 0.01  # below which a fit does not ask the expert
 Progress = Callable[[str, int, int], None]
 
 
@@ -68,13 +69,13 @@ def tokens_of(name: str) -> TokenBytes:
 def bridge_for(base: Side, expert: Side, spec: str, texts: Iterable[str]) -> Bridge:
     """`spec` "auto": count a bridge on `texts`; else the file of one that was saved."""
     if spec == AUTO:
-        return Bridge.build(expert.tokens, base.tokens, "counted", texts)
+        return Bridge.build(expert.tokens, base.tokens, "counted", texts).find_splits()
     return Bridge.load(Path(spec), expert.tokens, base.tokens)
 
 
-def bridged_expert(base: Side, expert: Side, bridge: Bridge) -> BridgedExpert:
-    """The expert as `chassis.fit` takes it."""
-    return BridgedExpert(expert.model, bridge, expert.opens, base.tokens.roles.get("bos"), expert.name)
+def bridged_expert(base: Side, expert: Side, bridge: Bridge, share: float = SHARE) -> BridgedExpert:
+    """The expert as `chassis.fit` takes it; `share` as in `BridgedExpert`."""
+    return BridgedExpert(expert.model, bridge, expert.opens, base.tokens.roles.get("bos"), expert.name, share=share)
 
 
 def compare(

@@ -126,6 +126,7 @@ class UnderWay:
         self._options: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         self._encodings: dict[bytes, list[list[int]]] = {}
+        self._tails: dict[bytes, tuple[list[int], list[list[int]]]] = {}
         self._stays: dict[int, bool] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
 
@@ -133,6 +134,7 @@ class UnderWay:
         """The encodings of each beginning of a piece, as they come about before FOLLOWING; as at the end of a text first."""
         if len(self._encodings) > KEPT:
             self._encodings.clear()
+            self._tails.clear()
         missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
         alone = self.mask.tokens.ids_of(list(map(bytes.decode, missing)))
         self._encodings.update((data, [ids]) for data, ids in zip(missing, alone, strict=True))
@@ -152,13 +154,46 @@ class UnderWay:
         return {token for token in tokens if not self._stays[token]}
 
     def _before_others(self, beginnings: list[bytes]) -> None:
+        """Add what becomes of beginnings before other texts than none. The last two tokens, and white space before them,
+        tell that, unless alone they are not encoded as they are there."""
+        tails = {data: self._tail(data) for data in beginnings}
+        missing = [tail for tail in dict.fromkeys(tails.values()) if tail and tail not in self._tails]
+        alone = self.mask.tokens.ids_of(list(map(bytes.decode, missing)))
+        self._tails.update(zip(missing, zip(alone, self._others(missing), strict=True), strict=True))
+        whole = []
+        for data, tail in tails.items():
+            found = self._encodings[data]
+            alone, others = self._tails.get(tail, ((), ()))
+            if tail and found[0][-len(alone) :] == alone:
+                found += [ids for ids in (found[0][: -len(alone)] + ids for ids in others) if ids != found[0]]
+            else:
+                whole.append(data)
+        for data, others in zip(whole, self._others(whole), strict=True):
+            self._encodings[data] += [ids for ids in others if ids != self._encodings[data][0]]
+
+    def _tail(self, data: bytes) -> bytes:
+        """The last two tokens of a beginning, and as many more as are white space and the one before; b"" if unknown."""
+        ids, bytes_of = self._encodings[data][0], self.mask.tokens.bytes
+        n = min(2, len(ids))
+        while n < len(ids) and bytes_of[ids[-n]].isspace():
+            n += 1
+        size = sum(self._lengths[index] for index in ids[-n:])
+        tail = data[-size:] if size else b""
+        return tail if tail and (tail[0] & 0xC0) != 0x80 else b""
+
+    def _others(self, beginnings: list[bytes]) -> list[list[list[int]]]:
+        """The encodings of each beginning before FOLLOWING[1:], where one of its tokens ends with it."""
         texts = [data.decode() + after for data in beginnings for after in FOLLOWING[1:]]
-        for i, ids in enumerate(self.mask.tokens.ids_of(texts)):
-            data = beginnings[i // (len(FOLLOWING) - 1)]
-            ends, found = self._ends(ids, texts[i]), self._encodings[data]
-            n = bisect_right(ends, len(data))
-            if n and ends[n - 1] == len(data) and ids[:n] not in found:
-                found.append(ids[:n])
+        encoded, found = self.mask.tokens.ids_of(texts), []
+        for place, data in enumerate(beginnings):
+            own: list[list[int]] = []
+            for i in range(place * (len(FOLLOWING) - 1), (place + 1) * (len(FOLLOWING) - 1)):
+                ends = self._ends(encoded[i], texts[i])
+                n = bisect_right(ends, len(data))
+                if n and ends[n - 1] == len(data) and encoded[i][:n] not in own:
+                    own.append(encoded[i][:n])
+            found.append(own)
+        return found
 
     def _ends(self, ids: list[int], text: str) -> list[int]:
         """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,30 @@ SHORT = re.compile(r"[a-zA-Z0-9\s]*", re.ASCII)
 HEAD = re.compile(r"[a-zA-ZÀ-ɏ]{0,3}")
 RUNS = re.compile(r"(a|A)\1{3,}")
 FOLLOWING = ("", "\ua66e", "\u0ce9", "\ufffc")  # what may come after the two: nothing, a letter, a digit, a sign, all rare
+
+
+class Splits(NamedTuple):
+    """What `PreTokens` tells of all tokens."""
+
+    context: np.ndarray  # [V] int32, the state that a token leaves behind it
+    split: np.ndarray  # [states, V] bool
+    joined: np.ndarray  # [states, V] bool
+
+    def after(self, previous: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `PreTokens.after`."""
+        state = self.context[previous]
+        return self.split[state], self.joined[state]
+
+    def pack(self) -> dict[str, np.ndarray]:
+        """Arrays to be saved."""
+        return {"context": self.context, "split": np.packbits(self.split, 1), "joined": np.packbits(self.joined, 1)}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, np.ndarray]) -> Splits:
+        """From what `pack` gave."""
+        context = packed["context"]
+        bits = (np.unpackbits(packed[name], axis=1, count=len(context)).view(bool) for name in ("split", "joined"))
+        return cls(context, *bits)
 
 
 class PreTokens:
@@ -52,6 +77,17 @@ class PreTokens:
                 self._classes[seen] = self._all_outcomes(text, exact)
             self._kinds[key] = self._classes[seen]
         return self._kinds[key]
+
+    def splits(self) -> Splits:
+        """`after` of every token; tokens without text of their own are in state 0."""
+        context, states, found = np.zeros(len(self.texts), dtype=np.int32), {}, []
+        for previous in np.flatnonzero(self._whole).tolist():
+            pair = self.after(previous)
+            context[previous] = states.setdefault(id(pair), len(states))
+            if len(states) > len(found):
+                found.append(pair)
+        split, joined = np.array(found, dtype=bool).reshape(-1, 2, len(self.texts)).transpose(1, 0, 2)
+        return Splits(context, split, joined)
 
     @cached_property
     def _probes(self) -> list[str]:

@@ -50,7 +50,7 @@ class ExpertStates:
         mask = torch.zeros(attends.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(~attends, torch.finfo(self.dtype).min)
         ids = torch.from_numpy(np.where(tokens >= 0, tokens, self.start))[None].to(self.device)
-        logits = _masked(self.model, ids, mask[None, None], attends.sum(1)[None] - 1, self.cache)[0]
+        logits = masked(self.model, ids, mask[None, None], attends.sum(1)[None] - 1, self.cache)[0]
         self.on_path = on_path
         return logits
 
@@ -74,36 +74,7 @@ def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
     return ExpertStates(model, start).grow(tree.tokens, tree.parent)
 
 
-@torch.no_grad()
-def trees_logits(model: nn.Module, trees: Sequence[Tree], start: int) -> Tensor:
-    """`tree_logits` of several trees, one after the other: all trunks as plain texts in one pass, then all their branches.
-
-    Raises ModelError for models that do not take a mask of which token attends to which.
-    """
-    if max(map(len, trees)) > AT_ONCE:
-        return torch.cat([tree_logits(model, tree, start) for tree in trees])
-    weight = model.get_input_embeddings().weight
-    cache, trunks = DynamicCache(config=model.config), [tree.n_trunk + 1 for tree in trees]
-    ids = _padded([np.where(tree.tokens >= 0, tree.tokens, start)[:n] for tree, n in zip(trees, trunks, strict=True)])
-    logits = model(input_ids=ids.to(weight.device), past_key_values=cache, use_cache=True).logits
-    found = [logits[i, :n] for i, n in enumerate(trunks)]
-    branches = [len(tree) - n for tree, n in zip(trees, trunks, strict=True)]
-    if any(branches):
-        old, new = ids.shape[1], max(branches)
-        ids, position = (
-            _padded([getattr(tree, name)[n:] for tree, n in zip(trees, trunks, strict=True)]) for name in ("tokens", "depth")
-        )
-        attends = torch.zeros(len(trees), 1, new, old + new, dtype=torch.bool)
-        for row, tree, n, more in zip(attends[:, 0], trees, trunks, branches, strict=True):
-            on_path = _ancestors(torch.ones(n, n, dtype=torch.bool).tril(), torch.from_numpy(tree.parent[n:]))
-            row[:more, :n], row[:more, old : old + more] = on_path[:, :n], on_path[:, n:]
-        mask = torch.zeros(attends.shape, dtype=weight.dtype).masked_fill_(~attends, torch.finfo(weight.dtype).min)
-        logits = _masked(model, ids.to(weight.device), mask.to(weight.device), position.to(weight.device), cache)
-        found = [torch.cat([trunk, logits[i, :n]]) for i, (trunk, n) in enumerate(zip(found, branches, strict=True))]
-    return torch.cat(found)
-
-
-def _masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+def masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
     """Logits [B, n, V] of tokens that attend as `mask` [B, 1, n, old + n] says, `old` of them in the cache."""
     inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
     try:
@@ -112,6 +83,6 @@ def _masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache
         raise ModelError(f"{title(model)} takes no mask of which token attends to which ({error})") from error
 
 
-def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+def padded(rows: Sequence[np.ndarray]) -> Tensor:
     """Rows of different lengths as one matrix [B, longest] int64, zeros behind their ends."""
     return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
