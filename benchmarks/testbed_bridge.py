@@ -20,9 +20,9 @@ from unittest import mock
 import numpy as np
 import torch
 from chassis import probes
-from chassis.bridge import expert as reading
 from chassis.bridge.bridge import Bridge
 from chassis.bridge.expert import BridgedExpert
+from chassis.bridge.forest import Reader
 from chassis.bridge.loading import Side, bridge_for, bridged_expert
 from chassis.checkpoint import Checkpoint
 from chassis.closed_form import factorise, fisher, full_change
@@ -44,7 +44,7 @@ FORWARDS, CLOSED = "Both plain forwards", "closed form"
 PARTS = (
     (probes, "capture", "the base's forward"),
     (Bridge, "plan", "plans"),
-    (reading, "read_plans", "states of the expert"),
+    (Reader, "read", "states of the expert"),
     (Bridge, "_blocked", "what cannot follow"),
     (Bridge, "apply", "projection"),
     (ProbabilityStatistics, "update", "moments"),

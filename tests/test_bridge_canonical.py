@@ -144,7 +144,9 @@ def test_large_vocabularies_take_seconds():
 def test_beginnings_are_encoded_as_before_each_text_that_may_follow(make):
     tokens = TokenBytes.from_tokenizer(make())
     under_way = UnderWay(Leaves(tokens), CanonicalMask(tokens))
-    text = "f(x):\n        return\n\n\n\t  if x1  and   it's:" + 40 * " " + "dog\r\n" + 23 * " " + "the  quick"
+    text = (
+        "f(x):\n        return\n\n\n\t  if x1  and   it's:" + 40 * " " + "dog\r\n" + 23 * " " + "the '12 日本🙂 naïve  quick"
+    )
     beginnings = [text[:end].encode() for end in range(1, len(text) + 1)]
     for data, found in under_way.encodings(beginnings).items():
         assert set(map(tuple, found)) == encodings(tokens, data) and len(found) == len(set(map(tuple, found)))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from chassis.bridge import Bridge, tree_logits
-from chassis.bridge.forest import read_plans
+from chassis.bridge.forest import Reader
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, sentencepiece_bpe
 
@@ -26,7 +26,7 @@ def test_several_texts_at_once_equal_each_alone(tiny_lm, expert, bridge, archite
     model = tiny_lm(architecture)
     plans = [bridge.plan(text) for text in ("the quick foxes jump", "the", "dog's", "quick foxes jump over\n   the 日")]
     each = torch.cat([bridge.apply(plan, tree_logits(model, plan.tree, 0)).log_q for plan in plans])
-    read = read_plans(model, plans, 0, expert.lengths, share)
+    read = Reader(model, 0, expert.lengths).read(plans, share)
     assert len(read.plan.tree) == len(read.logits) == sum(len(plan.tree) for plan in plans)
     together = bridge.apply(read.plan, read.logits, log_sums=read.log_sums)
     assert torch.allclose(together.log_q.exp(), each.exp(), atol=1e-6)
@@ -36,10 +36,10 @@ def test_what_is_left_out_counts_for_less_than_its_share(tiny_lm, expert, bridge
     model, plans = copy.deepcopy(tiny_lm("llama")), [bridge.plan(text) for text in TEXTS[:8]]
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)  # an untrained model finds everything likely
-    whole = read_plans(model, plans, 0, expert.lengths)
+    whole = Reader(model, 0, expert.lengths).read(plans)
     q, n_nodes = bridge.apply(whole.plan, whole.logits).log_q.exp(), len(whole.logits)
     for share in (1e-3, 0.1):
-        read = read_plans(model, plans, 0, expert.lengths, share)
+        read = Reader(model, 0, expert.lengths).read(plans, share)
         assert sum(plan.tree.n_trunk + 1 for plan in plans) < len(read.logits) < n_nodes
         found = bridge.apply(read.plan, read.logits).log_q.exp()
         assert torch.allclose(found.sum(1), torch.ones(len(q)), atol=1e-6)
@@ -49,4 +49,4 @@ def test_what_is_left_out_counts_for_less_than_its_share(tiny_lm, expert, bridge
 
 def test_unknown_tokens_keep_every_branch(tiny_lm, expert, bridge):
     model, plan = tiny_lm("llama"), bridge.plan("the quick foxes jump")
-    assert len(read_plans(model, [plan], 0, 0 * expert.lengths, 0.5).logits) == len(plan.tree)
+    assert len(Reader(model, 0, 0 * expert.lengths).read([plan], 0.5).logits) == len(plan.tree)

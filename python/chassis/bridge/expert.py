@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from chassis.bridge.bridge import FLOOR, Bridge
-from chassis.bridge.forest import read_plans
+from chassis.bridge.forest import Reader
 from chassis.bridge.plan import Plan
 from chassis.bridge.stretches import starts
 from chassis.bridge.windows import text_windows
@@ -46,7 +46,7 @@ class BridgedExpert:
     ) -> None:
         self.share, self.aligned_only = share, aligned_only
         self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
-        self.readout = Readout(None)
+        self.readout, self._reader = Readout(None), Reader(model, start_id, bridge.expert.lengths)
         self._floor = FLOOR * bridge.unigram.float()
         self._plan = lru_cache(PLANS)(self._make_plan)
 
@@ -79,7 +79,7 @@ class BridgedExpert:
             plans.append(plan)
         for group in self._groups(plans):
             some = [plans[row] for row in group]
-            read = read_plans(self.model, some, self.start_id, self.bridge.expert.lengths, self.share)
+            read = self._reader.read(some, self.share)
             if self.aligned_only:
                 q, aligned = self._aligned(some[0], read.logits)
             else:

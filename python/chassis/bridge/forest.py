@@ -24,8 +24,10 @@ from transformers import DynamicCache
 from chassis.bridge.plan import Plan, Tree
 from chassis.bridge.states import masked, padded, tree_logits
 from chassis.bridge.stretches import starts
+from chassis.models import final_states, inspect_head
 
 LONGEST = 4096  # states of a tree of which every level is one pass
+TILE = 64  # rows of logits that stay in the cache while they are summed
 
 
 class Read(NamedTuple):
@@ -36,37 +38,38 @@ class Read(NamedTuple):
     log_sums: Tensor  # [n_nodes] log Σ exp of each row, float32
 
 
-@torch.no_grad()
-def read_plans(model: nn.Module, plans: Sequence[Plan], start: int, lengths: np.ndarray, share: float = 0.0) -> Read:
-    """`start`: the token that opens a text for this model; 0 <= `share` < 1; `lengths` [V]: bytes of the model's tokens, 0
-    where they are not known. A text with such tokens keeps all of its branches.
+class Reader:
+    """The expert as its states are read: its model and the token that opens a text for it. `lengths` [V]: bytes of its
+    tokens, 0 where they are not known; a text with such tokens keeps all of its branches."""
 
-    Raises ModelError for models that do not take a mask of which token attends to which.
-    """
-    if max(len(plan.tree) for plan in plans) > LONGEST:
-        logits = torch.cat([tree_logits(model, plan.tree, start) for plan in plans])
-        return Read(Plan.join(plans), logits, log_sums(logits))
-    forest = _Forest(model, plans, start)
-    forest.read(np.flatnonzero(forest.rank == 0))
-    if share:
-        forest.read_likely(lengths, share)
-    else:
-        forest.read(np.flatnonzero(forest.rank > 0))
-    return forest.result()
+    def __init__(self, model: nn.Module, start: int, lengths: np.ndarray) -> None:
+        self.model, self.start, self.lengths, self.head = model, start, lengths, inspect_head(model)
 
+    @torch.no_grad()
+    def read(self, plans: Sequence[Plan], share: float = 0.0) -> Read:
+        """The states of several plans, those below 0 <= `share` < 1 left out.
 
-def log_sums(logits: Tensor) -> Tensor:
-    """log Σ exp [n] of logits [n, V], float32."""
-    return torch.cat([part.float().logsumexp(1) for part in logits.split(64)])
+        Raises ModelError for models that do not take a mask of which token attends to which.
+        """
+        if max(len(plan.tree) for plan in plans) > LONGEST:
+            logits = torch.cat([tree_logits(self.model, plan.tree, self.start) for plan in plans])
+            return Read(Plan.join(plans), logits, torch.cat([part.float().logsumexp(1) for part in logits.split(TILE)]))
+        forest = _Forest(self, plans)
+        forest.read(np.flatnonzero(forest.rank == 0))
+        if share:
+            forest.read_likely(share)
+        else:
+            forest.read(np.flatnonzero(forest.rank > 0))
+        return forest.result()
 
 
 class _Forest:
     """The nodes [N] of all trees. `rank`: how far a node is from its trunk. Those that are read stand in the model's cache,
     a text a row, each at its `slot`; their logits have the numbers `row`."""
 
-    def __init__(self, model: nn.Module, plans: Sequence[Plan], start: int) -> None:
-        self.model, self.start, self.plans, self.plan = model, start, plans, Plan.join(plans)
-        self.weight, self.cache = model.get_input_embeddings().weight, DynamicCache(config=model.config)
+    def __init__(self, expert: Reader, plans: Sequence[Plan]) -> None:
+        self.expert, self.plans, self.plan = expert, plans, Plan.join(plans)
+        self.weight, self.cache = expert.head.weight, DynamicCache(config=expert.model.config)
         sizes = np.array([len(plan.tree) for plan in plans])
         self.first = starts(sizes)[:-1]
         self.text = np.repeat(np.arange(len(plans)), sizes)
@@ -74,7 +77,7 @@ class _Forest:
         self.rank = self._ranks(self.slot <= np.array([plan.tree.n_trunk for plan in plans])[self.text])
         self.row = np.full(len(self.text), -1)
         self.n_read = self.width = 0  # nodes with logits; columns of the cache
-        self.logits: Tensor | None = None
+        self.logits = self.weight.new_empty(len(self.text), len(self.weight))
         self.log_sums = torch.empty(len(self.text), device=self.weight.device)
 
     def _ranks(self, trunk: np.ndarray) -> np.ndarray:
@@ -92,19 +95,21 @@ class _Forest:
         counts = np.bincount(text, minlength=len(self.plans))
         place = np.arange(len(nodes)) - starts(counts)[text]
         ids, depth = (padded(np.split(x[nodes], counts.cumsum()[:-1])) for x in (tree.tokens, tree.depth))
-        ids = ids.where(ids >= 0, self.start).to(self.weight.device)
+        model, ids = self.expert.model, ids.where(ids >= 0, self.expert.start).to(self.weight.device)
         if self.width:
             self.slot[nodes] = self.width + place
-            logits = masked(self.model, ids, self._mask(nodes, place), depth.to(self.weight.device), self.cache)
+            mask, depth = self._mask(nodes, place), depth.to(self.weight.device)
+            hidden = final_states(model, lambda: masked(model, ids, mask, depth, self.cache))
         else:
-            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
-            self.logits = logits.new_empty(len(self.text), logits.shape[2])
+            hidden = final_states(model, lambda: model(input_ids=ids, past_key_values=self.cache, use_cache=True))
         self.width += ids.shape[1]
-        self.row[nodes] = self.n_read + np.arange(len(nodes))
-        for own, n in zip(logits, counts.tolist(), strict=True):
-            self.logits[self.n_read : self.n_read + n] = own[:n]
-            self.log_sums[self.n_read : self.n_read + n] = log_sums(own[:n])
-            self.n_read += n
+        rows = slice(self.n_read, self.n_read + len(nodes))
+        self.row[nodes] = np.arange(rows.start, rows.stop)
+        self.n_read = rows.stop
+        hidden = hidden[torch.from_numpy(text), torch.from_numpy(place)]
+        tiles = (tensor[rows].split(TILE) for tensor in (self.logits, self.log_sums))
+        for states, logits, log_sums in zip(hidden.split(TILE), *tiles, strict=True):
+            torch.logsumexp(logits.copy_(self.expert.head.logits(states)).float(), 1, out=log_sums)
 
     def _mask(self, nodes: np.ndarray, place: np.ndarray) -> Tensor:
         """0 where a node attends, to its own path alone; [texts, 1, most nodes, cache and these]."""
@@ -119,18 +124,12 @@ class _Forest:
         mask.masked_fill_(torch.from_numpy(~attends), torch.finfo(mask.dtype).min)
         return mask[:, None].to(self.weight.device)
 
-    def edges(self, nodes: np.ndarray) -> np.ndarray:
-        """log P [n] of the tokens of `nodes` where the nodes before them have been read."""
-        tree = self.plan.tree
-        rows, tokens = torch.from_numpy(self.row[tree.parent[nodes]]), torch.from_numpy(tree.tokens[nodes])
-        return (self.logits[rows, tokens].float() - self.log_sums[rows]).double().cpu().numpy()
-
-    def read_likely(self, lengths: np.ndarray, share: float) -> None:
+    def read_likely(self, share: float) -> None:
         """The branches that have the share: of a level all at once, by what is known of their paths by then."""
         tree, rank = self.plan.tree, self.rank
         path = np.zeros(len(rank))  # log P of the tokens that lead to a node, or more
         path[rank == 0] = self._trunk_paths()
-        least = self._least(path, lengths) + np.log(share)
+        least = self._least(path) + np.log(share)
         deepest = int(rank.max())
         for level in (range(1, 2), range(2, deepest + 1)):
             wanted = [np.zeros(0, dtype=np.int64)]
@@ -160,11 +159,11 @@ class _Forest:
         path = edges.cumsum()
         return path - path[begins][self.text[trunk]]
 
-    def _least(self, path: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _least(self, path: np.ndarray) -> np.ndarray:
         """The least `path` of the tokens that hold the first bytes of the positions that a node, or one below it, serves."""
         plan, holder = self.plan, []
         for first, own in zip(self.first.tolist(), self.plans, strict=True):
-            sizes = lengths[own.expert_ids]
+            sizes = self.expert.lengths[own.expert_ids]
             node = first + 1 + np.searchsorted(sizes.cumsum(), own.begins, side="right")
             holder.append(path[node] if sizes.all() else np.full(len(own), -np.inf))
         holder, least = np.concatenate(holder), np.full(len(path), np.inf)

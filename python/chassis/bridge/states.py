@@ -50,7 +50,7 @@ class ExpertStates:
         mask = torch.zeros(attends.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(~attends, torch.finfo(self.dtype).min)
         ids = torch.from_numpy(np.where(tokens >= 0, tokens, self.start))[None].to(self.device)
-        logits = masked(self.model, ids, mask[None, None], attends.sum(1)[None] - 1, self.cache)[0]
+        logits = masked(self.model, ids, mask[None, None], attends.sum(1)[None] - 1, self.cache).logits[0]
         self.on_path = on_path
         return logits
 
@@ -74,11 +74,11 @@ def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
     return ExpertStates(model, start).grow(tree.tokens, tree.parent)
 
 
-def masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits [B, n, V] of tokens that attend as `mask` [B, 1, n, old + n] says, `old` of them in the cache."""
+def masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache):
+    """A forward pass over tokens [B, n] that attend as `mask` [B, 1, n, old + n] says, `old` of them in the cache."""
     inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
     try:
-        return model(input_ids=ids, **inputs).logits
+        return model(input_ids=ids, **inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{title(model)} takes no mask of which token attends to which ({error})") from error
 

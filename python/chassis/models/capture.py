@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -61,14 +61,22 @@ def capture(
         elif pre_norm:
             norm = model.get_submodule(names.final_norm)
             handles.append(norm.register_forward_pre_hook(_keep_input(found, "pre_norm"), with_kwargs=True))
-        unembedding, _ = unembedding_of(model)
+        found["final"] = final_states(model, lambda: forward(model, input_ids, attention_mask))
+    return Captured(found["final"], {layer: found[layer] for layer in layers}, found.get("pre_norm"))
+
+
+def final_states(model: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What the unembedding of `model` would read, [B, T, D], in the forward pass that `run` starts and that ends there."""
+    found: dict[str, Tensor] = {}
+    unembedding, _ = unembedding_of(model)
+    with hooks() as handles:
         # First in line, so that nothing attached to the unembedding runs.
         handles.append(unembedding.register_forward_pre_hook(_stop(found), prepend=True, with_kwargs=True))
         try:
-            forward(model, input_ids, attention_mask)
+            run()
         except _Stop:
             pass
-    return Captured(found["final"], {layer: found[layer] for layer in layers}, found.get("pre_norm"))
+    return found["final"]
 
 
 class _Stop(Exception):

@@ -50,7 +50,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D], in the dtype that `hidden` and the weight share."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
