@@ -29,6 +29,7 @@ from chassis.text.token_bytes import TokenBytes
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
 WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,19 +126,20 @@ class UnderWay:
         self.tokens: list[np.ndarray] = []
         self._options: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
-        self._encodings: dict[bytes, list[list[int]]] = {}
-        self._tails: dict[bytes, tuple[list[int], list[list[int]]]] = {}
+        # Tuples, of which there are many: the garbage collector does not visit them.
+        self._encodings: dict[bytes, tuple[Tokens, ...]] = {}
+        self._tails: dict[bytes, tuple[Tokens, tuple[Tokens, ...]]] = {}
         self._stays: dict[int, bool] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
 
-    def encodings(self, beginnings: list[bytes]) -> dict[bytes, list[list[int]]]:
+    def encodings(self, beginnings: list[bytes]) -> dict[bytes, tuple[Tokens, ...]]:
         """The encodings of each beginning of a piece, as they come about before FOLLOWING; as at the end of a text first."""
         if len(self._encodings) > KEPT:
             self._encodings.clear()
             self._tails.clear()
         missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
-        alone = self.mask.tokens.ids_of(list(map(bytes.decode, missing)))
-        self._encodings.update((data, [ids]) for data, ids in zip(missing, alone, strict=True))
+        alone = self._ids_of(list(map(bytes.decode, missing)))
+        self._encodings.update((data, (ids,)) for data, ids in zip(missing, alone, strict=True))
         moved = self._moved({ids[-1] for ids in alone if ids})
         self._before_others([data for data, ids in zip(missing, alone, strict=True) if ids and ids[-1] in moved])
         return self._encodings
@@ -158,18 +160,18 @@ class UnderWay:
         tell that, unless alone they are not encoded as they are there."""
         tails = {data: self._tail(data) for data in beginnings}
         missing = [tail for tail in dict.fromkeys(tails.values()) if tail and tail not in self._tails]
-        alone = self.mask.tokens.ids_of(list(map(bytes.decode, missing)))
-        self._tails.update(zip(missing, zip(alone, self._others(missing), strict=True), strict=True))
+        alone = self._ids_of(list(map(bytes.decode, missing)))
+        for tail, ids, others in zip(missing, alone, self._others(missing), strict=True):
+            self._tails[tail] = ids, tuple(other for other in others if other != ids)
         whole = []
         for data, tail in tails.items():
-            found = self._encodings[data]
-            alone, others = self._tails.get(tail, ((), ()))
-            if tail and found[0][-len(alone) :] == alone:
-                found += [ids for ids in (found[0][: -len(alone)] + ids for ids in others) if ids != found[0]]
+            (ids,), (alone, others) = self._encodings[data], self._tails.get(tail, ((), ()))
+            if tail and ids[-len(alone) :] == alone:
+                self._encodings[data] = (ids, *(ids[: -len(alone)] + other for other in others))
             else:
                 whole.append(data)
         for data, others in zip(whole, self._others(whole), strict=True):
-            self._encodings[data] += [ids for ids in others if ids != self._encodings[data][0]]
+            self._encodings[data] += tuple(ids for ids in others if ids != self._encodings[data][0])
 
     def _tail(self, data: bytes) -> bytes:
         """The last two tokens of a beginning, and as many more as are white space and the one before; b"" if unknown."""
@@ -181,12 +183,12 @@ class UnderWay:
         tail = data[-size:] if size else b""
         return tail if tail and (tail[0] & 0xC0) != 0x80 else b""
 
-    def _others(self, beginnings: list[bytes]) -> list[list[list[int]]]:
+    def _others(self, beginnings: list[bytes]) -> list[list[Tokens]]:
         """The encodings of each beginning before FOLLOWING[1:], where one of its tokens ends with it."""
         texts = [data.decode() + after for data in beginnings for after in FOLLOWING[1:]]
-        encoded, found = self.mask.tokens.ids_of(texts), []
+        encoded, found = self._ids_of(texts), []
         for place, data in enumerate(beginnings):
-            own: list[list[int]] = []
+            own: list[Tokens] = []
             for i in range(place * (len(FOLLOWING) - 1), (place + 1) * (len(FOLLOWING) - 1)):
                 ends = self._ends(encoded[i], texts[i])
                 n = bisect_right(ends, len(data))
@@ -195,7 +197,10 @@ class UnderWay:
             found.append(own)
         return found
 
-    def _ends(self, ids: list[int], text: str) -> list[int]:
+    def _ids_of(self, texts: list[str]) -> list[Tokens]:
+        return list(map(tuple, self.mask.tokens.ids_of(texts)))
+
+    def _ends(self, ids: Tokens, text: str) -> list[int]:
         """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""
         sizes = [self._lengths[index] for index in ids]
         return list(accumulate(sizes)) if all(sizes) else self.mask.tokens.encode(text).ends.tolist()
@@ -234,7 +239,7 @@ class UnderWay:
 class _Grower:
     """The tree while it grows; `roots` are the states where the pieces of the trunk begin."""
 
-    def __init__(self, trunk: list[list[int]]) -> None:
+    def __init__(self, trunk: list[Tokens]) -> None:
         self.tokens, self.parent, self.depth = [-1], [-1], [0]
         self.children: dict[tuple[int, int], int] = {}
         self.roots = [0]
@@ -242,7 +247,7 @@ class _Grower:
             self.roots.append(self.walk(self.roots[-1], ids))
         self.n_trunk = len(self.tokens) - 1
 
-    def walk(self, node: int, path: list[int]) -> int:
+    def walk(self, node: int, path: Tokens) -> int:
         """The node at the end of `path` from `node`, made where it is missing."""
         for token in path:
             child = self.children.get((node, token))
@@ -301,7 +306,7 @@ def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: s
         place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
         path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
         owner = np.concatenate([owner, owner[[path for _, path, _ in more]]])
-        paths += [paths[path] + [token] for _, path, token in more]
+        paths += [(*paths[path], token) for _, path, token in more]
 
     state = np.zeros(len(paths), dtype=np.int64)
     for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
