@@ -24,8 +24,9 @@ from chassis.experts import Expert, Readout
 from chassis.files import ensure_config_is, ensure_writable
 from chassis.lens import Lens, LensConfig, fit_lens
 from chassis.models import Head, inspect_head, located, vocabulary_hash
+from chassis.models.forward import forward
 from chassis.newton import INITS, ProbabilityStatistics, newton_closed_form
-from chassis.probes import Probe, Rows, Window, check_disjoint, fingerprint, make_windows, save_keys
+from chassis.probes import Probe, Rows, Window, check_disjoint, fingerprint, make_windows, pad, save_keys
 from chassis.refine import Refinement, refine
 from chassis.statistics import Statistics
 from chassis.text.corpus import Document
@@ -33,6 +34,7 @@ from chassis.text.corpus import Document
 SPLITS = ("fit", "validation", "test")
 ROWS_PER_STEP = 2048
 VALIDATION_BATCHES = 3
+PLAIN_BATCHES = 4  # of plain forward passes, which are timed to be shown beside a fit through a bridge
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -151,6 +153,7 @@ def fit(
     refinements = _refine(closed, probe, windows, ranks, options, report) if options.refine_steps else {}
     adapters |= {("refined", rank): refinement.adapter for rank, refinement in refinements.items()}
     clock.mark("refine")
+    plain = {"plain_forward": _plain_forwards(probe, windows["fit"])} if expert.log_probs else {}
     config = AdapterConfig(
         base=names[0],
         expert=names[1],
@@ -168,7 +171,7 @@ def fit(
             adapter.config.no_op_kl = found.no_op_validation_kl
             adapter.config.kl = found.validation_kl if kind == "refined" else found.closed_form_validation_kl
     chosen = adapters.get(("refined", options.rank), adapters["closed form", options.rank])
-    seconds = clock.seconds | {f"{name}_forward": value for name, value in probe.seconds.items()}
+    seconds = clock.seconds | {f"{name}_forward": value for name, value in probe.seconds.items()} | plain
     result = FitResult(chosen, lens, closed, adapters, refinements, windows, probe, seconds)
     if out is not None:
         result.save(out)
@@ -208,6 +211,19 @@ def _closed_form(
             warnings.warn(f"the start is a Gauss-Newton step alone: {error}", stacklevel=2)
     held = _held(probe, windows)
     return newton_closed_form(statistics, options.alpha, options.rank, held, semantic, init=options.init)
+
+
+@torch.no_grad()
+def _plain_forwards(probe: Probe, windows: Sequence[Window]) -> float:
+    """Seconds that both models' own forward passes over the windows take, measured on PLAIN_BATCHES of their batches."""
+    starts = range(0, len(windows), probe.batch_size)
+    starts = starts[:: max(1, len(starts) // PLAIN_BATCHES)]
+    sample = [windows[start : start + probe.batch_size] for start in starts]
+    begun = time.perf_counter()
+    for batch in sample:
+        forward(probe.model, *pad([window.ids for window in batch], probe.padding_side)[:2])
+        probe.expert.plain_forward(batch)
+    return (time.perf_counter() - begun) * len(windows) / sum(map(len, sample))
 
 
 def _held(probe: Probe, windows: Mapping[str, list[Window]]) -> list[Rows]:

@@ -109,11 +109,15 @@ def _costs(results: dict) -> Table:
         "base_forward": "  of it the base's forward",
         "expert_forward": "  of it the expert's forward",
         "closed_form": "closed form",
+        "plain_forward": "beside it: both plain forwards",
         "refine": "refinement",
         "evaluate": "evaluation",
         "total": "total",
     }
     rows = [Row([label, f"{seconds[key]:.1f} s"]) for key, label in labels.items() if seconds.get(key) is not None]
+    if plain := seconds.get("plain_forward"):
+        times = (seconds["statistics"] + seconds["closed_form"]) / plain
+        rows.append(Row(["pass and closed form, in plain forwards", f"{times:.1f} ×"]))
     sizes = {
         "moments_bytes": "memory: moments",
         "batch_bytes": "memory: one batch",

@@ -7,6 +7,7 @@ counting the same; cell (x, y) is the share of their weight that tokens of y byt
 from __future__ import annotations
 
 import io
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -102,5 +103,9 @@ def sample_rows(links: Links, n: int = 12) -> list[list[str]]:
 
 
 def shown(tokens: TokenBytes, index: int) -> str:
-    """A token for people: its text in quotes, or the name of a special one."""
-    return repr(tokens.bytes[index].decode(errors="backslashreplace")) if tokens.is_text[index] else tokens.content[index]
+    """A token for people: its text in quotes, bytes that are no text as <0xC2>, or the name of a special one."""
+    if not tokens.is_text[index]:
+        return tokens.content[index]
+    text = tokens.bytes[index].decode(errors="surrogateescape")
+    spelt = re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
+    return spelt if "\udc80" <= min(text) <= "\udcff" else repr(spelt)

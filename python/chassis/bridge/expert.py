@@ -15,7 +15,8 @@ from chassis.bridge.stretches import starts
 from chassis.bridge.windows import text_windows
 from chassis.errors import BridgeError
 from chassis.experts import Readout
-from chassis.probes import Window
+from chassis.models.forward import forward
+from chassis.probes import Window, pad
 from chassis.text.corpus import Document
 
 PLANS = 4096  # texts whose plans are kept: refinement comes back to them
@@ -65,6 +66,15 @@ class BridgedExpert:
         if not found:
             raise BridgeError("the documents give no window of two tokens: give more text")
         return [found[key] for key in sorted(found)]
+
+    @torch.no_grad()
+    def plain_forward(self, windows: Sequence[Window]) -> None:
+        """The model over the text of the windows in its own tokens: what reading it costs without a bridge."""
+        base, texts = self.bridge.base, []
+        for window in windows:
+            texts.append(b"".join(base.bytes[index] for index in window.ids[base.is_text[window.ids]]).decode())
+        own = [np.array([self.start_id, *ids]) for ids in self.bridge.expert.ids_of(texts)]
+        forward(self.model, *pad(own, "right")[:2])
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
         is_text = self.bridge.base.is_text

@@ -39,6 +39,8 @@ def load_causal_lm(
         name = str(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such folder; give one with config.json and *.safetensors, or a hub name owner/name")
+    if torch.device(device).type == "meta":
+        raise ModelError(f"device {device}: it holds no numbers; give one that computes, such as cpu or cuda")
     dtype = _dtype(dtype)
     config = _config(name, revision)
     model = _model(name, revision, config, dtype).to(device).eval()
