@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from bridge_problems import bpe
 from chassis.bridge import Bridge
-from chassis.bridge.coverage import LONGEST, bridge_links, heat_map, projection_links, sample_rows, shares_by_length
+from chassis.bridge.coverage import LONGEST, bridge_links, heat_map, projection_links, sample_rows, shares_by_length, shown
 from chassis.bridge.projection import build_projection
 from chassis.text.token_bytes import TokenBytes
 from families import byte_level, sentencepiece_bpe
@@ -29,6 +29,12 @@ def test_every_length_gives_its_tokens_away_once(pair, method):
     if method == "exact":
         assert not shares[:, 1:][~np.eye(LONGEST, dtype=bool)].any()
     assert heat_map(links).startswith(b"\x89PNG") and len(sample_rows(links)) >= 10
+
+
+def test_bytes_that_are_no_text_are_spelt(pair):
+    tokens = pair[0]
+    of = {data: tokens.ids_by_bytes[data][0] for data in (b"\xc2", b"\n", b" the")}
+    assert [shown(tokens, index) for index in of.values()] == ["<0xC2>", r"'\n'", "' the'"]
 
 
 def test_shares_of_a_toy():

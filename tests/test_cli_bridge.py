@@ -92,6 +92,7 @@ def test_fit_through_a_bridge(tiny_testbed, work, tmp_path, init):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert "starts from" in result.stderr and ("semantic" in result.stderr) >= (init == "semantic")
+    assert found["seconds"]["plain_forward"] > 0 and "in plain forwards" in (tmp_path / "out/report.html").read_text()
     assert found["no_op"]["kl"] > 0 and found["ranks"] and (tmp_path / "out/adapter.safetensors").exists()
     spoken = chassis("generate", "--adapter", tmp_path / "out", "--prompt", "def f(", "--max-new-tokens", 4)
     assert spoken.exit_code == 0, spoken.output

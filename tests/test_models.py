@@ -236,6 +236,11 @@ def test_unreachable_hub(monkeypatch):
         load_causal_lm("nobody/nothing")
 
 
+def test_device_without_numbers(saved):
+    with pytest.raises(ChassisError, match="holds no numbers"):
+        load_causal_lm(saved, device="meta")
+
+
 def test_bad_dtype(saved):
     with pytest.raises(ChassisError, match="dtype 'int8'"):
         load_causal_lm(saved, dtype="int8")
