@@ -43,7 +43,7 @@ BAR = 2.5
 FORWARDS, CLOSED = "Both plain forwards", "closed form"
 PARTS = (
     (probes, "capture", "the base's forward"),
-    (Bridge, "plan", "plans"),
+    (Bridge, "plans", "plans"),
     (Reader, "read", "states of the expert"),
     (Bridge, "_blocked", "what cannot follow"),
     (Bridge, "apply", "projection"),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from chassis.bridge.apply import States, project_positions
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
-from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plan
+from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plans
 from chassis.bridge.pretokens import Splits
 from chassis.bridge.row_probabilities import row_probabilities
 from chassis.bridge.rules import METHODS, special_pairs, string_table
@@ -136,10 +136,14 @@ class Bridge:
 
     def plan(self, text: str) -> Plan:
         """Base tokens of a text and the expert states they are predicted from. Raises BridgeError as `joint_text` does."""
-        text = joint_text(self.expert, self.base, text)
+        return self.plans([text])[0]
+
+    def plans(self, texts: Sequence[str]) -> list[Plan]:
+        """The `plan` of each text, for less than one after the other."""
+        texts = [joint_text(self.expert, self.base, text) for text in texts]
         if self.identical:
-            return identity_plan(self.base, text)
-        return make_plan(self.expert, self.base, self.under_way, text)
+            return [identity_plan(self.base, text) for text in texts]
+        return make_plans(self.expert, self.base, self.under_way, texts)
 
     def apply(
         self,

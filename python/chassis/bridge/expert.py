@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from chassis.models.forward import forward
 from chassis.probes import Window, pad
 from chassis.text.corpus import Document
 
-PLANS = 4096  # texts whose plans are kept: refinement comes back to them
+PLANS = 4096  # texts whose plans are kept, at most: refinement comes back to them
 CELLS = 4_000_000  # logits of the expert at hand at once
 
 
@@ -49,7 +48,7 @@ class BridgedExpert:
         self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
         self.readout, self._reader = Readout(None), Reader(model, start_id, bridge.expert.lengths)
         self._floor = FLOOR * bridge.unigram.float()
-        self._plan = lru_cache(PLANS)(self._make_plan)
+        self._plans: dict[bytes, Plan] = {}
 
     def windows(self, documents: Sequence[Document], length: int) -> list[Window]:
         """Windows of at most `length` base tokens, in order of their hashes, no two alike."""
@@ -70,23 +69,21 @@ class BridgedExpert:
     @torch.no_grad()
     def plain_forward(self, windows: Sequence[Window]) -> None:
         """The model over the text of the windows in its own tokens: what reading it costs without a bridge."""
-        base, texts = self.bridge.base, []
-        for window in windows:
-            texts.append(b"".join(base.bytes[index] for index in window.ids[base.is_text[window.ids]]).decode())
+        texts = [self._text(window.ids) for window in windows]
         own = [np.array([self.start_id, *ids]) for ids in self.bridge.expert.ids_of(texts)]
         forward(self.model, *pad(own, "right")[:2])
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
         is_text = self.bridge.base.is_text
         out = torch.full((*input_ids.shape, self.bridge.base.width), torch.inf, device=base_final.device)
-        flat, places, following, plans = out.flatten(0, 1), [], [], []
-        for row, (ids, mask) in enumerate(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True)):
-            plan = self._plan(ids[mask & is_text[ids]].tobytes())
+        flat, places, following = out.flatten(0, 1), [], []
+        windows = list(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True))
+        plans = self._plans_of([ids[mask & is_text[ids]] for ids, mask in windows])
+        for row, ((ids, mask), plan) in enumerate(zip(windows, plans, strict=True)):
             # Row t predicts what follows position t: the text token of that number.
             number = np.cumsum(is_text[ids[mask]])
             places.append(row * len(mask) + np.flatnonzero(mask)[number < len(plan)])
             following.append(number[number < len(plan)])
-            plans.append(plan)
         for group in self._groups(plans):
             some = [plans[row] for row in group]
             read = self._reader.read(some, self.share)
@@ -123,17 +120,27 @@ class BridgedExpert:
             np.isin(plan.begins, ends)
         )
 
-    def _make_plan(self, ids: bytes) -> Plan:
-        tokens = np.frombuffer(ids, dtype=np.int64)
-        data = b"".join(self.bridge.base.bytes[token] for token in tokens)
+    def _plans_of(self, texts: Sequence[np.ndarray]) -> list[Plan]:
+        """The plans of texts given as base tokens; those not known are made together and kept."""
+        keys = [tokens.tobytes() for tokens in texts]
+        missing = {key: tokens for key, tokens in zip(keys, texts, strict=True) if key not in self._plans}
+        if len(self._plans) + len(missing) > PLANS:
+            self._plans.clear()
+            missing = dict(zip(keys, texts, strict=True))
+        found = self.bridge.plans([self._text(tokens) for tokens in missing.values()])
+        for (key, tokens), plan in zip(missing.items(), found, strict=True):
+            if not np.array_equal(plan.base_ids, tokens):
+                raise BridgeError(
+                    f"the base tokens of {plan.data[:40]!r} are not the encoding of their text: cut windows with windows()"
+                )
+            self._plans[key] = plan
+        return [self._plans[key] for key in keys]
+
+    def _text(self, ids: np.ndarray) -> str:
+        base = self.bridge.base
         try:
-            plan = self.bridge.plan(data.decode())
+            return b"".join(base.bytes[token] for token in ids[base.is_text[ids]].tolist()).decode()
         except UnicodeDecodeError as error:
             raise BridgeError(
                 "a window of base tokens ends inside a character: cut windows with BridgedExpert.windows"
             ) from error
-        if not np.array_equal(plan.base_ids, tokens):
-            raise BridgeError(
-                f"the base tokens of {data[:40]!r} are not the encoding of their text: cut windows with windows()"
-            )
-        return plan

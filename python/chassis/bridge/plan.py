@@ -24,7 +24,7 @@ from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.pretokens import FOLLOWING
 from chassis.bridge.stretches import ranges, starts
-from chassis.text.token_bytes import TokenBytes
+from chassis.text.token_bytes import Encoded, TokenBytes
 
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
 WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
@@ -263,74 +263,88 @@ class _Grower:
         return Tree(*(np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, self.depth)), self.n_trunk)
 
 
-def make_plan(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, text: str) -> Plan:
-    """Plan for a text that both tokenizers read as it is (see `counting.joint_text`)."""
-    encoded = base.encode(text)
-    data = encoded.data
-    begins = np.append(0, encoded.ends)[: len(encoded)]
-    places, which = np.unique(begins, return_inverse=True)
-    byte = np.frombuffer(data, dtype=np.uint8)
-    between = np.append((byte & 0xC0) != 0x80, True)  # characters
-    pieces = _pieces(byte)
-    # The end of a piece belongs to it: that the next one begins there is not known from the text before.
-    piece = np.maximum(np.searchsorted(pieces, places) - 1, 0)
-    e, p, node = _begun_tokens(byte, pieces, between, places, under_way)
-    inside = ~between[places]
+def make_plans(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts: Sequence[str]) -> list[Plan]:
+    """Plans for texts that both tokenizers read as they are (see `counting.joint_text`)."""
+    drafts = [_Draft(encoded, under_way) for encoded in base.encode_batch(texts)]
+    under_way.encodings([part for draft in drafts for part in draft.beginnings + draft.whole])  # of all texts in one call
+    return [draft.plan(expert, under_way) for draft in drafts]
 
-    # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
-    slot_ended, slot_begun = (places + piece)[~inside], e + piece[p]
-    slots = np.unique(np.concatenate([slot_ended, slot_begun]))
-    of = np.searchsorted(pieces + np.arange(len(pieces)), slots, side="right") - 1
-    beginnings = [data[a:b] for a, b in zip(pieces[of].tolist(), (slots - of).tolist(), strict=True)]
-    whole = [data[a:b] for a, b in pairwise([*pieces.tolist(), len(data)])] if data else []
-    known = under_way.encodings(beginnings + whole)
-    grower = _Grower([known[part][0] for part in whole])
-    found = [known[beginning] for beginning in beginnings]
-    path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
-    paths, owner = [path for paths in found for path in paths], np.repeat(of, np.diff(path_start))
-    before = [grower.tokens[root] for root in grower.roots]
-    last = np.array([path[-1] if path else before[i] for path, i in zip(paths, owner.tolist(), strict=True)], dtype=np.int64)
 
-    path_begun, of_begun = ranges(path_start, np.searchsorted(slots, slot_begun))
-    begun = np.flatnonzero(under_way.options(last[path_begun], node[of_begun]) >= 0)
-    path_begun, of_begun = path_begun[begun], of_begun[begun]
-    path_ended, of_ended = ranges(path_start, np.searchsorted(slots, slot_ended))
-    place_ended = np.flatnonzero(~inside)[of_ended]
-    if inside.any():  # a token may also have ended within a character
-        more = [
-            (p[i], path, expert.ids_by_bytes[token][0])
-            for i in np.flatnonzero(inside[p]).tolist()
-            if (token := data[e[i] : places[p[i]]]) in expert.ids_by_bytes
-            for path in range(*path_start[np.searchsorted(slots, slot_begun[i]) + np.arange(2)].tolist())
-        ]
-        place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
-        path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
-        owner = np.concatenate([owner, owner[[path for _, path, _ in more]]])
-        paths += [(*paths[path], token) for _, path, token in more]
+class _Draft:
+    """What of a plan is known before any beginning of its text is encoded."""
 
-    state = np.zeros(len(paths), dtype=np.int64)
-    for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
-        state[path] = grower.walk(grower.roots[owner[path]], paths[path])
-    n_states = len(grower.tokens)
-    place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
-    order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))
-    of_begun, path_begun = of_begun[order], path_begun[order]
-    take_ended, of = ranges(np.searchsorted(place_ended, np.arange(len(places) + 1)), which)
-    take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
-    bounds = np.arange(len(which) + 1)
-    return Plan(
-        data=data,
-        base_ids=encoded.ids,
-        previous=np.append(-1, encoded.ids)[: len(encoded)],
-        begins=begins,
-        tree=grower.tree(),
-        ended=ended[take_ended],
-        ended_start=np.searchsorted(of, bounds),
-        begun=state[path_begun][take_begun],
-        begun_start=np.searchsorted(of_, bounds),
-        so_far=node[of_begun][take_begun],
-        sizes=(places[p] - e)[of_begun][take_begun],
-    )
+    def __init__(self, encoded: Encoded, under_way: UnderWay) -> None:
+        self.encoded, self.data = encoded, encoded.data
+        byte = np.frombuffer(encoded.data, dtype=np.uint8)
+        self.begins = np.append(0, encoded.ends)[: len(encoded)]
+        self.places, self.which = np.unique(self.begins, return_inverse=True)
+        between = np.append((byte & 0xC0) != 0x80, True)  # characters
+        pieces = _pieces(byte)
+        # The end of a piece belongs to it: that the next one begins there is not known from the text before.
+        piece = np.maximum(np.searchsorted(pieces, self.places) - 1, 0)
+        self.begun_tokens = e, p, _ = _begun_tokens(byte, pieces, between, self.places, under_way)
+        self.inside = ~between[self.places]
+        # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
+        self.slot_ended, self.slot_begun = (self.places + piece)[~self.inside], e + piece[p]
+        self.slots = np.unique(np.concatenate([self.slot_ended, self.slot_begun]))
+        self.of = np.searchsorted(pieces + np.arange(len(pieces)), self.slots, side="right") - 1
+        ends = zip(pieces[self.of].tolist(), (self.slots - self.of).tolist(), strict=True)
+        self.beginnings = [self.data[a:b] for a, b in ends]
+        self.whole = [self.data[a:b] for a, b in pairwise([*pieces.tolist(), len(self.data)])] if self.data else []
+
+    def plan(self, expert: TokenBytes, under_way: UnderWay) -> Plan:
+        encoded, data, places, which, inside = self.encoded, self.data, self.places, self.which, self.inside
+        (e, p, node), slots, of, whole = self.begun_tokens, self.slots, self.of, self.whole
+        known = under_way.encodings(self.beginnings + whole)
+        grower = _Grower([known[part][0] for part in whole])
+        found = [known[beginning] for beginning in self.beginnings]
+        path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
+        paths, owner = [path for paths in found for path in paths], np.repeat(of, np.diff(path_start))
+        before = [grower.tokens[root] for root in grower.roots]
+        last = np.array(
+            [path[-1] if path else before[i] for path, i in zip(paths, owner.tolist(), strict=True)], dtype=np.int64
+        )
+
+        path_begun, of_begun = ranges(path_start, np.searchsorted(slots, self.slot_begun))
+        begun = np.flatnonzero(under_way.options(last[path_begun], node[of_begun]) >= 0)
+        path_begun, of_begun = path_begun[begun], of_begun[begun]
+        path_ended, of_ended = ranges(path_start, np.searchsorted(slots, self.slot_ended))
+        place_ended = np.flatnonzero(~inside)[of_ended]
+        if inside.any():  # a token may also have ended within a character
+            more = [
+                (p[i], path, expert.ids_by_bytes[token][0])
+                for i in np.flatnonzero(inside[p]).tolist()
+                if (token := data[e[i] : places[p[i]]]) in expert.ids_by_bytes
+                for path in range(*path_start[np.searchsorted(slots, self.slot_begun[i]) + np.arange(2)].tolist())
+            ]
+            place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
+            path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
+            owner = np.concatenate([owner, owner[[path for _, path, _ in more]]])
+            paths += [(*paths[path], token) for _, path, token in more]
+
+        state = np.zeros(len(paths), dtype=np.int64)
+        for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
+            state[path] = grower.walk(grower.roots[owner[path]], paths[path])
+        n_states = len(grower.tokens)
+        place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
+        order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))
+        of_begun, path_begun = of_begun[order], path_begun[order]
+        take_ended, of = ranges(np.searchsorted(place_ended, np.arange(len(places) + 1)), which)
+        take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
+        bounds = np.arange(len(which) + 1)
+        return Plan(
+            data=data,
+            base_ids=encoded.ids,
+            previous=np.append(-1, encoded.ids)[: len(encoded)],
+            begins=self.begins,
+            tree=grower.tree(),
+            ended=ended[take_ended],
+            ended_start=np.searchsorted(of, bounds),
+            begun=state[path_begun][take_begun],
+            begun_start=np.searchsorted(of_, bounds),
+            so_far=node[of_begun][take_begun],
+            sizes=(places[p] - e)[of_begun][take_begun],
+        )
 
 
 def _begun_tokens(
