@@ -33,6 +33,8 @@ def one_pass(logits: Tensor, buffer: Tensor | None, *weights: Tensor | None) -> 
         return None
     if buffer is not None:
         check_buffer(buffer, logits)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(buffer)  # a graph that still needs its values must raise
         return buffer.detach()
     free = any(isinstance(w, Tensor) and w.requires_grad for w in weights) or torch.compiler.is_compiling()
     if free or logits.dtype not in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""S = Q T Qᵀ with T tridiagonal: what a path of ridge penalties needs, for a quarter of the price of eigenvectors.
+"""S = Q T Qᵀ with T tridiagonal: what a path of ridge penalties needs, for a fraction of the price of eigenvectors.
 
 Q stays a product of Householder reflectors; a penalty then costs O(D) a target and not O(D²) (Eldén 1977). Three ops,
 float64 on the CPU: their equations stand in `reference/tridiagonal.py`.
@@ -15,7 +15,7 @@ from chassis_kernels import backends
 from chassis_kernels.reference import tridiagonal as reference
 
 BLOCK = 96  # reflectors applied together
-SAFE = 1e-100, 1e100  # entries whose squares neither overflow nor vanish
+SAFE = 1e-100, 1e100  # for the largest entry: its square neither overflows nor vanishes
 
 
 @dataclass(eq=False)
@@ -29,8 +29,13 @@ class Tridiagonal:
 
     @classmethod
     def of(cls, S: Tensor) -> Tridiagonal:
-        """Of a positive semi-definite matrix [D, D] with entries within SAFE, float64 on the CPU. S is overwritten."""
-        size = len(S)
+        """Of a symmetric matrix [D, D], float64 on the CPU, whose largest entry lies within SAFE. S may be overwritten.
+
+        Raises ValueError for what is no such matrix; its symmetry and SAFE are not checked.
+        """
+        if S.dim() != 2 or S.shape[0] != S.shape[1] or len(S) == 0 or S.dtype != torch.float64 or S.device.type != "cpu":
+            raise ValueError(f"S is {S.dtype} {tuple(S.shape)} on {S.device}, expected float64 [D, D] on the CPU with D > 0")
+        S, size = S.contiguous(), len(S)
         diagonal, off, scales = _reduce(S)
         padded = -(-size // BLOCK) * BLOCK
         reflectors = S.new_zeros(padded, size)
@@ -53,11 +58,21 @@ class Tridiagonal:
 
     def path(self, C: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """R = QᵀC [D, T] of C [D, T]; C·W and W·W [A, T], summed over rows, with W = (S + α)⁻¹ C; tr (S + α)⁻¹ [A]."""
+        self._check(C, alphas, len(alphas))
         return _path(*self._operands, C, alphas)
 
     def solve(self, R: Tensor, alphas: Tensor) -> Tensor:
         """(S + α_j)⁻¹ C [D, T] for the R [D, T] of `path` and alphas [T]; all of them must make S + α positive definite."""
+        self._check(R, alphas, R.shape[-1])
         return _solve(*self._operands, R, alphas)
+
+    def _check(self, right: Tensor, alphas: Tensor, count: int) -> None:
+        if right.dim() != 2 or len(right) != len(self.diagonal) or alphas.shape != (count,):
+            raise ValueError(
+                f"{tuple(right.shape)} and alphas {tuple(alphas.shape)}: expected [{len(self.diagonal)}, T] and [{count}]"
+            )
+        if {right.dtype, alphas.dtype} != {torch.float64}:
+            raise ValueError(f"{right.dtype} and alphas {alphas.dtype}: expected float64")
 
     @property
     def _operands(self) -> tuple[Tensor, ...]:

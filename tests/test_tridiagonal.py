@@ -1,13 +1,12 @@
 """S = Q T Qᵀ and the ridge path on it, against dense float64 solutions."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import rerun_on
 
-from chassis_kernels import StreamingRidgeCV, backends
+from chassis_kernels import backends
 from chassis_kernels.moments import Moments
 from chassis_kernels.ridge_path import Eigenbasis, TridiagonalBasis, basis_of
 from chassis_kernels.tridiagonal import BLOCK, Tridiagonal
@@ -108,7 +107,7 @@ def test_rows_that_need_no_reflector(backend, S):
         torch.testing.assert_close(dots[j + 1, j], C[:, j] @ expected, rtol=1e-11, atol=0)
 
 
-def test_several_threads_share_the_work():
+def test_any_number_of_threads_gives_the_same():
     S, C = positive(700), torch.randn(700, 90, dtype=torch.float64)
     threads = torch.get_num_threads()
     found = []
@@ -129,6 +128,35 @@ def test_inertia_and_the_bound_of_the_spectrum():
     smallest, largest = float(values[0]), float(values[-1])
     assert found.definite(-0.999 * smallest) and not found.definite(-1.001 * smallest)
     assert largest <= found.largest() <= 2 * largest
+
+
+@on_each
+def test_nothing_to_solve_and_a_transposed_matrix(backend):
+    S = positive(6)
+    with backends.use_backend(backend):
+        found = Tridiagonal.of(S.clone().T)
+        R, dots, squares, traces = found.path(torch.empty(6, 0, dtype=torch.float64), ALPHAS)
+        assert R.shape == (6, 0) and dots.shape == squares.shape == (3, 0) and traces.isfinite().all()
+        assert found.solve(R, ALPHAS[:0]).shape == (6, 0)
+        R, *sums = found.path(torch.eye(6, dtype=torch.float64), ALPHAS[:0])
+    assert [tuple(each.shape) for each in sums] == [(0, 6), (0, 6), (0,)]
+    T = torch.diag(found.diagonal) + torch.diag(found.off, 1) + torch.diag(found.off, -1)
+    torch.testing.assert_close(R.T @ T @ R, S, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_shapes_are_refused():
+    found = Tridiagonal.of(positive(6))
+    C = torch.ones(6, 2, dtype=torch.float64)
+    for right, alphas in ((C[:5], ALPHAS), (C.repeat(2, 1), ALPHAS), (C[:, 0], ALPHAS), (C, ALPHAS[None])):
+        with pytest.raises(ValueError, match=r"expected \[6, T\] and \["):
+            found.path(right, alphas)
+    with pytest.raises(ValueError, match=r"expected \[6, T\] and \[2\]"):
+        found.solve(C, ALPHAS)
+    with pytest.raises(ValueError, match="expected float64"):
+        found.path(C.float(), ALPHAS)
+    for S in (C, C[0], positive(3).float(), C[:0, :0]):
+        with pytest.raises(ValueError, match=r"expected float64 \[D, D\]"):
+            Tridiagonal.of(S)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -172,13 +200,14 @@ def test_penalties_and_scales_that_need_eigenvalues_get_them(alphas, scale):
     assert isinstance(basis, Eigenbasis)
 
 
-def test_the_reference_backend_does_without_it():
-    x, y = problem()
-    ours = StreamingRidgeCV((1e-4, 1e-2, 1.0)).fit(x, y)
-    with backends.use_backend("reference"):
-        theirs = StreamingRidgeCV((1e-4, 1e-2, 1.0)).fit(x, y)
-    assert ours.alpha_ == theirs.alpha_
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-8, atol=1e-12)
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+def test_other_backends_do_without_it(backend):
+    moments = Moments(40, 7).update(*problem())
+    moments.flush()
+    with backends.use_backend(backend):
+        basis = basis_of(moments, True, (1.0,), "trace")
+    assert isinstance(basis, Eigenbasis)
+    assert isinstance(basis_of(moments, True, (1.0,), "trace"), TridiagonalBasis)
 
 
 def test_moments_with_nan_are_refused():
@@ -190,4 +219,4 @@ def test_moments_with_nan_are_refused():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa):
-    rerun_on(isa, __file__, "(give_the_matrix or dense or any_shape or no_reflector or share) and not reference")
+    rerun_on(isa, __file__, "(give_the_matrix or dense or any_shape or no_reflector or number_of_threads) and not reference")

@@ -40,14 +40,17 @@ def tridiagonal_path(
     diagonal: Tensor,  # [D]
     off: Tensor,  # [D - 1]
     C: Tensor,  # [D, T]
-    alphas: Tensor,  # [A], A > 0
+    alphas: Tensor,  # [A]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """R [D, T]; r·w and w·w of every α and column, [A, T]; tr (T + α)⁻¹, [A]."""
     R = _orthogonal(reflectors, factors).T @ C
-    W = [_solve(diagonal, off, R, alpha) for alpha in alphas]
     identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
-    traces = torch.stack([_solve(diagonal, off, identity, alpha).trace() for alpha in alphas])
-    return R, torch.stack([(R * w).sum(0) for w in W]), torch.stack([w.square().sum(0) for w in W]), traces
+    sums = [R.new_empty(len(alphas), R.shape[1]), R.new_empty(len(alphas), R.shape[1]), R.new_empty(len(alphas))]
+    for a, alpha in enumerate(alphas):
+        w = _solve(diagonal, off, R, alpha)
+        sums[0][a], sums[1][a] = (R * w).sum(0), w.square().sum(0)
+        sums[2][a] = _solve(diagonal, off, identity, alpha).trace()
+    return R, *sums
 
 
 def tridiagonal_solve(

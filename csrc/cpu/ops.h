@@ -19,7 +19,8 @@ struct Matrix {
 struct MomentsUpdate { Matrix count, mean_x, xx, mean_y, xy, yy, x, y, weight; };
 
 // S = Q T Q^T: T's diagonal [D] and off-diagonal [D - 1], Q as reflectors v [P, D], v_i = 0 up to coordinate i, in blocks of B
-// with their factors [P, B]; C [D, T] the right-hand sides, or Q^T C; alphas [A], or one for each column. All fp64.
+// with their factors [P, B]; C [D, T] the right-hand sides, for `solve` Q^T C; alphas [A], for `solve` one for each column.
+// All fp64.
 struct Tridiagonal { Matrix reflectors, factors, diagonal, off, C, alphas; };
 
 // U [A, D, r], V [A, r, K] and cols [A, K] are the first adapter's and the step, in elements, to the next one's; for cols 0

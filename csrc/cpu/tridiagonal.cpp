@@ -23,12 +23,9 @@ class Reflectors {
   Reflectors(const Tridiagonal& g) : size(g.diagonal.cols), each(g.factors.cols), factors(static_cast<const double*>(g.factors.data)) {
     const int64_t blocks = g.factors.rows / each;
     const double* given = static_cast<const double*>(g.reflectors.data);
-    for (int64_t b = 0, at = 0; b < blocks; ++b) {
-      starts.push_back(at);
-      at += (round_up(each, kMr) + round_up(each, 1)) * round_up(length(b), kMr);
-    }
-    const int64_t last = blocks - 1;
-    packed.reset(new double[starts[last] + 2 * round_up(each, kMr) * round_up(length(last), kMr)]);
+    starts.assign(blocks + 1, 0);
+    for (int64_t b = 0; b < blocks; ++b) starts[b + 1] = starts[b] + 2 * round_up(each, kMr) * round_up(length(b), kMr);
+    packed.reset(new double[starts[blocks]]);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       double *rows = by_reflector(b), *columns = by_coordinate(b);
@@ -49,7 +46,7 @@ class Reflectors {
 
   // panels [kPanels, padded rows, kWide] = Q panels, or Q^T panels.
   void apply(double* panels, bool transposed, double* scratch) const {
-    const int64_t blocks = starts.size();
+    const int64_t blocks = starts.size() - 1;
     for (int64_t k = 0; k < blocks; ++k) apply_block(transposed ? k : blocks - 1 - k, panels, transposed, scratch);
   }
 
@@ -120,11 +117,11 @@ void each_strip(const Reflectors& Q, const Matrix& from, const Matrix& to, Use u
 
 // L D L^T of T + alpha for one alpha: 1 / D, the entries of L below its diagonal, and the trace of the inverse of T + alpha,
 // whose diagonal is 1 / (d_i + u_i - t_i - alpha) with the pivots d from above and u from below.
-struct Factors {
+struct Pivots {
   Doubles inverse, lower;
   double trace = 0;
 
-  Factors(const double* diagonal, const double* off, int64_t n, double alpha) : inverse(n), lower(n) {
+  Pivots(const double* diagonal, const double* off, int64_t n, double alpha) : inverse(n), lower(n) {
     for (int64_t i = 0; i < n; ++i) {
       inverse[i] = 1 / (diagonal[i] + alpha - (i ? lower[i - 1] * off[i - 1] : 0));
       if (i + 1 < n) lower[i] = off[i] * inverse[i];
@@ -138,7 +135,7 @@ struct Factors {
 };
 
 // r . w and w . w of the columns of a panel, w = (T + alpha)^-1 r; `y` has room for a panel.
-void forms(const double* r, const Factors& f, int64_t n, double* y, double* dots, double* squares) {
+void forms(const double* r, const Pivots& f, int64_t n, double* y, double* dots, double* squares) {
   vd at[2] = {}, dot[2] = {}, square[2] = {};
   for (int64_t i = 0; i < n; ++i)
     for (int j = 0; j < 2; ++j) {
@@ -185,16 +182,16 @@ void tridiagonal_path(const Tridiagonal& g, const Matrix& R, double* dots, doubl
   const Reflectors Q(g);
   const int64_t n = g.diagonal.cols, columns = g.C.cols;
   const auto *diagonal = static_cast<const double*>(g.diagonal.data), *off = static_cast<const double*>(g.off.data);
-  std::vector<Factors> factors;
-  for (int64_t a = 0; a < g.alphas.cols; ++a) factors.emplace_back(diagonal, off, n, static_cast<const double*>(g.alphas.data)[a]);
-  for (const Factors& f : factors) *traces++ = f.trace;
+  std::vector<Pivots> pivots;
+  for (int64_t a = 0; a < g.alphas.cols; ++a) pivots.emplace_back(diagonal, off, n, static_cast<const double*>(g.alphas.data)[a]);
+  for (const Pivots& f : pivots) *traces++ = f.trace;
   each_strip(Q, g.C, R, [&](int64_t first, int64_t count, double* panels, double* scratch) {
     Q.apply(panels, true, scratch);
     Doubles y(n * kWide);
     double dot[kWide], square[kWide];
     for (int64_t p = 0; p * kWide < count; ++p)
-      for (size_t a = 0; a < factors.size(); ++a) {
-        forms(panels + p * Q.padded() * kWide, factors[a], n, y.data(), dot, square);
+      for (size_t a = 0; a < pivots.size(); ++a) {
+        forms(panels + p * Q.padded() * kWide, pivots[a], n, y.data(), dot, square);
         const int64_t here = std::min<int64_t>(kWide, count - p * kWide), at = int64_t(a) * columns + first + p * kWide;
         std::copy_n(dot, here, dots + at);
         std::copy_n(square, here, squares + at);
