@@ -1,11 +1,14 @@
 """moments_update_: the kernel against the float64 truth, on every layout, dtype, weight and instruction set."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import rerun_on
 
+from benchmarks.timing import peak_bytes
 from chassis_kernels import Moments, backends, moments_update_, update_layers
 
 needs_extension = pytest.mark.skipif(backends._C is None, reason="the C++ extension is not built")
@@ -214,6 +217,20 @@ def test_results_do_not_depend_on_threads_or_repetition():
         torch.set_num_threads(threads)
     for other in states[1:]:
         assert all(torch.equal(getattr(states[0], name), getattr(other, name)) for name in NAMES)
+
+
+@needs_extension
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the resident set's high-water mark")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_one_slab_of_packed_rows_however_many_there_are(dtype):
+    def peak(n, d, t, convert=lambda rows: rows):
+        moments, x, y = Moments(d, t), torch.randn(n, d).to(dtype), torch.randn(n, t).to(dtype)
+        return peak_bytes(lambda: moments_update_(moments, convert(x), convert(y)), torch.device("cpu"))
+
+    slab = 1152 * (2 * 256 + 64) * 4  # rows multiplied at a time, x in two layouts
+    assert all(slab / 2 < peak(n, 256, 64) < slab + 2**20 for n in (1 << 12, 1 << 16))
+    assert peak(1 << 14, 256, 64, lambda rows: rows + 1) > (1 << 14) * (256 + 64) * dtype.itemsize  # copies are counted
+    assert peak(2048, 1024, 5120) < (32 + 1) << 20  # where 1152 rows would take more than 32 MiB, fewer are packed
 
 
 @needs_extension
