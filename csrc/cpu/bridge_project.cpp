@@ -6,6 +6,7 @@
 // base token is then one load and one product for all of the rows. Below kLanes / 4 rows they are taken one by one, e[t].
 #include <utility>
 
+#include "cpu/gemm.h"
 #include "cpu/logit_rows.h"
 
 namespace chassis {
@@ -138,17 +139,19 @@ class Rows {
     const float inverse = 1 / in.temperature;
     const int64_t n = std::min(kChunk, in.width - from);
     vf total = {}, mass = {}, spread = {};
-    int64_t t = 0;
-    for (; t + kLanes <= n; t += kLanes) {
-      vf v = exp_nonpositive((load(z + from + t) - top) * inverse);
+    auto step = [&](int64_t t, vf z, vf row_sum, vf spread_of) {
+      vf v = exp_nonpositive((z - top) * inverse);
       store(x + t, v);
-      total += v, mass += v * load(in.row_sum + from + t), spread += v * load(in.spread + from + t);
+      total += v, mass += v * row_sum, spread += v * spread_of;
+    };
+    int64_t t = 0;
+    for (; t + kLanes <= n; t += kLanes) step(t, load(z + from + t), load(in.row_sum + from + t), load(in.spread + from + t));
+    if (t < n) {  // as if logits of -inf followed: a padded head gives the same bits
+      vf rest = splat(-kInfinity);
+      for (int64_t i = t; i < n; ++i) rest[i - t] = to_float(z[from + i]);
+      step(t, rest, load_line(in.row_sum + from + t, 1, n - t), load_line(in.spread + from + t, 1, n - t));
     }
     to.total += sum(total), to.mass += sum(mass), to.spread += sum(spread);
-    for (; t < n; ++t) {
-      const float v = x[t] = exp_nonpositive(splat((to_float(z[from + t]) - top) * inverse))[0];
-      to.total += v, to.mass += v * in.row_sum[from + t], to.spread += v * in.spread[from + t];
-    }
     std::fill(x + n, x + kChunk, 0.0f);
   }
 
