@@ -19,7 +19,7 @@ from chassis_kernels.sparse import SparseProjection
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor students, Tensor teachers, Tensor student_chunk, Tensor teacher_chunk, "
-    "int chunks, float temperature, int uncommon_topk, bool reverse"
+    "SymInt chunks, float temperature, int uncommon_topk, bool reverse"
 )
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

@@ -24,7 +24,7 @@ from chassis_kernels.teacher import Teacher, logits_shaped, operands
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor start, Tensor rows, Tensor weights, Tensor columns, Tensor student_chunk, "
-    "Tensor teacher_chunk, Tensor? labels, int width, int chunks, float temperature, int divergence, bool tail"
+    "Tensor teacher_chunk, Tensor? labels, SymInt width, SymInt chunks, float temperature, int divergence, bool tail"
 )
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -347,7 +347,7 @@ backends.register(
     cuda=backends.cuda_kernel("projection_kl", "projection_kl_"),
 )
 backends.register(
-    "top_columns(Tensor teacher, Tensor? keep, int k) -> Tensor",
+    "top_columns(Tensor teacher, Tensor? keep, SymInt k) -> Tensor",
     reference=reference.top_columns,
     fake=_fake_top,
     example=_example_top,
