@@ -91,6 +91,12 @@ def each_backend_of(op: str):
     return backend
 
 
+def each_op(*names: str, without: tuple[str, ...] = ()):
+    """The test runs for each op `name` of these on each `backend` of its own, which a fixture of that name selects."""
+    pairs = [(name, backend) for name in names for backend in backends_of(name) if backend not in without]
+    return pytest.mark.parametrize(("name", "backend"), pairs, indirect=["backend"], ids=map("-".join, pairs))
+
+
 def rerun_on(isa: str, file: str, claims: str) -> None:
     """Run the tests of `file` that -k `claims` names with the C++ kernels of another instruction set."""
     ours = backends.cpu_isa()

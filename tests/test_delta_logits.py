@@ -112,6 +112,18 @@ def test_error_is_at_most_twice_that_of_eager(n, adapters, dtype):
 
 
 @every_backend
+def test_one_row_of_hidden_states_and_one_mean_and_factor_expanded(backend):
+    (logits, hidden, U, *rest), options = problem(adapters=3)
+    options["mean"], U = options["mean"][:1].expand_as(options["mean"]), U[:1].expand_as(U)
+    arguments = logits, hidden[:1].expand_as(hidden), U, *rest
+    with use_backend(backend):
+        found = delta_logits(*arguments, **options)
+        arguments, options = cast(arguments, options, torch.Tensor.contiguous)
+        assert torch.equal(found, delta_logits(*arguments, **options))
+    torch.testing.assert_close(found.double(), truth(arguments, options), rtol=1e-5, atol=1e-5)
+
+
+@every_backend
 def test_error_does_not_grow_with_the_width_of_the_sum(backend):
     errors = []
     for d in (256, 8192):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from linear_projection_problems import DTYPES, FORMS, check, problem, run
 from support import each_backend_of
-from test_linear_projection_kl import DTYPES, FORMS, check, problem, run
 
 backend = each_backend_of("linear_projection_kl")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from linear_projection_problems import DRAWN, DTYPES, check, check_drawn, module, problem, run
 from support import BUDGET
-from test_linear_projection_kl import DRAWN, DTYPES, check, check_drawn, module, problem, run
 
 from chassis_kernels import backends, use_backend
 

@@ -55,6 +55,7 @@ LAYOUTS = {
     "columns of a wider matrix": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]],
     "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
     "every other column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "one row expanded": lambda t: t[:1].expand(t.shape),
     "shifted by one element": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
 }
 

@@ -123,6 +123,17 @@ def test_the_same_call_gives_the_same_bits(many_splits):
     assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in NAMES)
 
 
+def test_memory_that_was_not_written_is_not_read(many_splits):
+    x, y, weight = torch.randn(140, 9), torch.randn(140, 5), torch.rand(140).round(decimals=1)
+    clean = moments_update_(Moments(9, 5, full_y=True), x, y, weight=weight)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        found = moments_update_(Moments(9, 5, full_y=True), x, y, weight=weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(getattr(found, name), getattr(clean, name)) for name in NAMES)
+
+
 def test_rows_far_apart_are_reached(int32_overflow_stops):
     """Offsets past 2^31."""
     x = torch.randn(4, 40).bfloat16()
