@@ -1,4 +1,4 @@
-"""The same claims about every loss and backend: offsets, accumulation, extremes, ignored samples, layouts, modes, memory."""
+"""The same claims of every loss and backend: offsets, buffers, accumulation, extremes, ignored samples, layouts, memory."""
 
 import pytest
 import torch
@@ -63,6 +63,21 @@ def test_a_producer_upstream(name, backend):
         definition=lambda leaves, *rest: case.definition((leaves[0].exp(), *leaves[1:]), *rest),
     )
     check(exponential)
+
+
+@each_op(*LOGIT_LOSSES)
+@pytest.mark.parametrize("produce", [torch.exp, torch.tanh])
+def test_a_buffer_over_what_a_graph_still_needs_is_refused(name, produce, backend):
+    """autograd sees the write, into the logits themselves or into another graph's tensor."""
+    case = make(name)
+    logits = produce(case.leaves[0].requires_grad_())
+    loss = case.op((logits,), case.teacher, case.where, grad_buffer=logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    other = produce(torch.randn_like(case.leaves[0]).requires_grad_())
+    case.op((case.leaves[0] * 1,), case.teacher, case.where, grad_buffer=other).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.sum().backward()
 
 
 @each_op(*LOSSES, without=("triton",))
