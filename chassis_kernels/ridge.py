@@ -2,9 +2,10 @@
 
     W = (S + αI)⁻¹ C        b = m_y − m_x W
 
-One α: Cholesky in float64. Several: one eigendecomposition S = V s Vᵀ, then W = V (VᵀC / (s + α)) for each. Fewer rows
-than columns: the dual W = Xᵀ (XXᵀ + αI)⁻¹ Y. S is positive semi-definite but for rounding, so negative eigenvalues count
-as 0; α = 0 asks for the least squares solution of minimal norm.
+One α: Cholesky in float64. Several: one eigendecomposition S = V s Vᵀ, then W = V (VᵀC / (s + α)) for each. α = 0 asks for
+the least squares solution of minimal norm; where S is regular, as its tridiagonal form tells, no eigenvectors are needed.
+Fewer rows than columns: the dual W = Xᵀ (XXᵀ + αI)⁻¹ Y. S is positive semi-definite but for rounding, so negative
+eigenvalues count as 0.
 
 Ridge is linear in its targets: for logits H W_Uᵀ it is the ridge onto H, times W_Uᵀ, and no [N, V] matrix is needed.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from chassis_kernels import rows, solvers
 from chassis_kernels.moments import Moments
 from chassis_kernels.statistics import Rows
+from chassis_kernels.tridiagonal import Tridiagonal
 
 
 @dataclass(eq=False)
@@ -88,7 +90,8 @@ def solve(moments: Moments, alpha: float = 1e-3, *, alpha_scale: str = "trace", 
     """
     S, C = _normal_equations(moments, intercept)
     absolute = solvers.relative_alpha(alpha, alpha_scale, S.trace() / len(S))
-    W, used, shifted, eigenvalues = _solve(S, C, absolute)
+    W = _least_squares(S, C) if absolute == 0 else None
+    W, used, shifted, eigenvalues = _solve(S, C, absolute) if W is None else (W, 0.0, S, None)
     return RidgeSolution(W, _bias(moments, W, intercept), used, shifted, eigenvalues)
 
 
@@ -171,6 +174,15 @@ def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor
 
 def _bias(moments: Moments, W: Tensor, intercept: bool) -> Tensor:
     return moments.mean_y - moments.mean_x @ W if intercept else torch.zeros_like(moments.mean_y)
+
+
+def _least_squares(S: Tensor, C: Tensor) -> Tensor | None:
+    """S⁻¹ C where S is regular beyond its rounding error and has a quick tridiagonal form, else None."""
+    basis = Tridiagonal.quickly(S.clone())
+    if basis is None or not basis.definite(-solvers.rounding(basis.largest(), len(S))):
+        return None
+    zero = C.new_zeros(C.shape[1])
+    return basis.solve(basis.path(C, zero[:0])[0], zero)
 
 
 def _solve(S: Tensor, C: Tensor, alpha: float) -> tuple[Tensor, float, Tensor | None, Tensor | None]:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
 from chassis_kernels.moments import Moments
 from chassis_kernels.solvers import FLOOR, Spectrum, ensure_finite, relative_alpha
 from chassis_kernels.statistics import Rows
-from chassis_kernels.tridiagonal import SAFE, Tridiagonal
+from chassis_kernels.tridiagonal import Tridiagonal
 
 TIE = 1e-10  # of a target's variance: errors closer than this are equal
 
@@ -58,11 +57,14 @@ class TridiagonalBasis(_Basis):
 
     @classmethod
     def of(cls, fitted: Moments, intercept: bool, alphas: Sequence[float], alpha_scale: str) -> TridiagonalBasis | None:
-        """None where `Spectrum.scale` might change a penalty, so small is it. Raises ValueError where there are no rows."""
+        """None where `Spectrum.scale` might change a penalty, so small is it, and where eigenvectors are as quick.
+
+        Raises ValueError where there are no rows.
+        """
         S, C, *centred, penalties = _centred(fitted, intercept, alphas, alpha_scale)
-        if not SAFE[0] < float(S.diagonal().max()) < SAFE[1]:  # where the largest entry stands
+        tridiagonal = Tridiagonal.quickly(S)
+        if tridiagonal is None:
             return None
-        tridiagonal = Tridiagonal.of(S)
         smallest, floor = float(penalties.min()), FLOOR * tridiagonal.largest()
         if smallest < 2 * floor or not tridiagonal.definite(smallest - floor):
             return None
@@ -144,18 +146,9 @@ class Eigenbasis(_Basis):
 
 def basis_of(fitted: Rows | Moments, intercept: bool, alphas: Sequence[float], alpha_scale: str) -> _Basis:
     """The basis that serves these penalties at the lowest price."""
-    found = None
-    if isinstance(fitted, Moments) and fitted.device.type == "cpu" and _has_kernel():
-        found = TridiagonalBasis.of(fitted, intercept, alphas, alpha_scale)
-    return found or Eigenbasis.of(fitted, intercept, alphas, alpha_scale)
-
-
-def _has_kernel() -> bool:
-    """Whether the C++ kernel would run: the reference is slower than eigenvectors, and other backends have none."""
-    try:
-        return backends.select("tridiagonal_reduce_", "cpu", (torch.float64,)) == "cpu"
-    except backends.BackendError:
-        return False
+    arguments = fitted, intercept, alphas, alpha_scale
+    found = TridiagonalBasis.of(*arguments) if isinstance(fitted, Moments) else None
+    return found or Eigenbasis.of(*arguments)
 
 
 def largest_of_the_best(alphas: Tensor, errors: Tensor, variance: Tensor) -> Tensor:

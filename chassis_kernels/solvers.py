@@ -147,5 +147,10 @@ def _largest(values: Tensor) -> float:
     return float(values[-1].clamp_min(0)) if len(values) else 0.0
 
 
+def rounding(largest: float, size: int) -> float:
+    """The rounding error of eigenvalues of a matrix [size, size], from the largest of them."""
+    return max(10, size) * EPS * largest
+
+
 def _rounding(values: Tensor, size: int) -> float:
-    return max(10, size) * EPS * _largest(values)
+    return rounding(_largest(values), size)

@@ -42,6 +42,17 @@ class Tridiagonal:
         torch.triu(S, 1, out=reflectors[:size])
         return cls(diagonal, off, reflectors, _factors(reflectors, torch.nn.functional.pad(scales, (0, padded - size + 1))))
 
+    @classmethod
+    def quickly(cls, S: Tensor) -> Tridiagonal | None:
+        """`of`, for positive semi-definite S; None where eigenvectors must do: no CPU, no kernel, entries beyond SAFE."""
+        if S.device.type != "cpu" or not SAFE[0] < float(S.diagonal().max()) < SAFE[1]:  # where the largest entry stands
+            return None
+        try:  # the reference is slower than eigenvectors, and other backends have none
+            kernel = backends.select(_reduce.name, "cpu", (S.dtype,)) == "cpu"
+        except backends.BackendError:
+            kernel = False
+        return cls.of(S) if kernel else None
+
     def definite(self, alpha: float) -> bool:
         """Whether S + α is positive definite: whether all pivots of T + α are positive (Sylvester's law of inertia)."""
         pivot, squares = 1.0, [0.0, *self.off.square().tolist()]

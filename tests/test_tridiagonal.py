@@ -8,6 +8,7 @@ from support import rerun_on
 
 from chassis_kernels import backends
 from chassis_kernels.moments import Moments
+from chassis_kernels.ridge import _least_squares
 from chassis_kernels.ridge_path import Eigenbasis, TridiagonalBasis, basis_of
 from chassis_kernels.tridiagonal import BLOCK, Tridiagonal
 
@@ -208,6 +209,17 @@ def test_other_backends_do_without_it(backend):
         basis = basis_of(moments, True, (1.0,), "trace")
     assert isinstance(basis, Eigenbasis)
     assert isinstance(basis_of(moments, True, (1.0,), "trace"), TridiagonalBasis)
+
+
+def test_least_squares_without_eigenvectors_where_the_matrix_is_regular():
+    x, y = problem()
+    S, C = (x - x.mean(0)).T @ (x - x.mean(0)), (x - x.mean(0)).T @ y
+    torch.testing.assert_close(_least_squares(S, C), torch.linalg.solve(S, C), rtol=1e-8, atol=1e-10)
+    twice = torch.tensor([*range(40), 3])
+    assert _least_squares(S[twice][:, twice], C[twice]) is None
+    assert _least_squares(torch.zeros_like(S), C) is None
+    with backends.use_backend("reference"):
+        assert _least_squares(S, C) is None
 
 
 def test_moments_with_nan_are_refused():
