@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -68,6 +67,8 @@ class SparseProjection:
     indices: Tensor
     weights: Tensor
     n_teacher: int
+    columns: ColumnView = field(init=False, repr=False)  # the entries by teacher token, without those of weight 0
+    _maps: dict[bool, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         indices, weights = self.indices, self.weights
@@ -91,6 +92,9 @@ class SparseProjection:
         object.__setattr__(self, "indices", indices.to(torch.int64))
         weights = weights if weights.dtype == torch.float64 else weights.float()
         object.__setattr__(self, "weights", torch.where(stored, weights, 0.0))
+        # Made here and not where they are first wanted: a compiled graph cannot make them.
+        object.__setattr__(self, "columns", self._by_column())
+        object.__setattr__(self, "_maps", {relaxed: self._map(relaxed) for relaxed in (False, True)})
 
     @property
     def n_student(self) -> int:
@@ -100,9 +104,7 @@ class SparseProjection:
     def shape(self) -> tuple[int, int]:
         return self.n_student, self.n_teacher
 
-    @functools.cached_property
-    def columns(self) -> ColumnView:
-        """The entries by teacher token, without those of weight 0."""
+    def _by_column(self) -> ColumnView:
         stored = (self.indices >= 0) & (self.weights > 0)
         ids = self.indices[stored]
         rows = stored.nonzero()[:, 0]
@@ -126,13 +128,7 @@ class SparseProjection:
         A row's pair is its heaviest entry: strict, of weight exactly 1 with nothing stored second; relaxed, of weight at
         least 0.6. Where several rows claim a teacher token the lowest student id gets it; relaxed, the heaviest first.
         """
-        if relaxed not in self._maps:
-            self._maps[relaxed] = self._map(relaxed)
         return self._maps[relaxed]
-
-    @functools.cached_property
-    def _maps(self) -> dict[bool, tuple[Tensor, Tensor]]:
-        return {}
 
     def _map(self, relaxed: bool) -> tuple[Tensor, Tensor]:
         if self.indices.numel() == 0:
