@@ -197,7 +197,7 @@ def test_the_self_checks_of_the_ops_hold(device):
 
 def test_it_is_not_chosen_before_it_was_verified():
     assert all(backends.OPS[name].implementations["cuda"].verified == "" for name in OPS)
-    assert backends.select("projection_kl", "cuda", {torch.float32}) != "cuda"
+    assert backends.select("projection_kl", "cuda", (torch.float32,)) != "cuda"
 
 
 def test_a_missing_extension_is_named(monkeypatch):
