@@ -39,7 +39,7 @@ class Tridiagonal:
         diagonal, off, scales = _reduce(S)
         padded = -(-size // BLOCK) * BLOCK
         reflectors = S.new_zeros(padded, size)
-        torch.triu(S, 1, out=reflectors[:size])
+        reflectors[:size] = S
         return cls(diagonal, off, reflectors, _factors(reflectors, torch.nn.functional.pad(scales, (0, padded - size + 1))))
 
     @classmethod
@@ -103,6 +103,7 @@ def _factors(reflectors: Tensor, scales: Tensor) -> Tensor:
 def _cpu_reduce(S):
     diagonal, off, scales = S.new_empty(len(S)), S.new_empty(len(S) - 1), S.new_empty(len(S) - 1)
     backends._C.tridiagonal_reduce_(backends.matrix_args(S), *(out.data_ptr() for out in (diagonal, off, scales)))
+    S.triu_(1)
     return diagonal, off, scales
 
 

@@ -1,21 +1,26 @@
 """What every Triton kernel stands on: the interpreter, the lazy import, tuning tables, and offsets past 2^31."""
 
 import ast
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import far_apart
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from chassis_kernels import BackendError, backends, capabilities, use_backend
 from chassis_kernels.triton import tuning
 
 KERNELS = Path(tuning.__file__).parent
 WITH_TRITON = sorted(name for name, op in backends.OPS.items() if "triton" in op.implementations)
+ON_GPUS = sorted((n, b) for n, op in backends.OPS.items() for b in op.implementations if b in ("triton", "cuda"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 needs_triton = pytest.mark.skipif(
@@ -37,18 +42,57 @@ def test_each_kernel_gives_what_the_reference_gives_on_its_example(name):
     assert row["interpreted"] == backends.interpreting() and row["verified"] == "compiled, not verified"
 
 
+def tensors_of(name, backend, device):
+    """All tensors of the example of the op `name` after a call on `backend`, arguments and results."""
+    arguments = backends.OPS[name].example(device)
+    with use_backend(backend):
+        out = getattr(torch.ops.chassis, name)(*arguments)
+    return [t for t in tree_leaves((arguments, out)) if isinstance(t, torch.Tensor)]
+
+
 @needs_triton
 @pytest.mark.parametrize("name", WITH_TRITON)
 def test_the_first_call_does_what_the_second_does(name):
-    from torch.utils._pytree import tree_leaves
+    first, second = (tensors_of(name, "triton", DEVICE) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    found = []
-    for _ in range(2):
-        arguments = backends.OPS[name].example(DEVICE)
-        with use_backend("triton"):
-            out = getattr(torch.ops.chassis, name)(*arguments)
-        found.append([t for t in tree_leaves((arguments, out)) if isinstance(t, torch.Tensor)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("own, current", [(1, 0), (0, 1)])
+@pytest.mark.parametrize("name, backend", ON_GPUS)
+def test_tensors_need_not_lie_on_the_current_device(name, backend, own, current):
+    if reason := backends.why_not(name, backend, "cuda"):
+        pytest.skip(reason)
+    with torch.cuda.device(current):
+        found, expected = (tensors_of(name, each, f"cuda:{own}") for each in (backend, "reference"))
+        assert torch.cuda.current_device() == current
+    for a, b in zip(found, expected, strict=True):
+        assert a.device == b.device == torch.device("cuda", own)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@needs_triton
+def test_a_launch_makes_the_device_of_its_tensors_current(monkeypatch):
+    """Held here without a GPU: fake tensors on the second of two devices, and a launch that is written down."""
+    from chassis_kernels.triton import shared
+
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(shared, "_describe", lambda device: ("interpreter", "interpreter"))
+    monkeypatch.setattr(shared, "run", lambda *launch: seen.append(current[-1]))
+    kernel = SimpleNamespace(__name__=next(iter(tuning.tables("top_columns"))))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, device="cuda:1")
+        shared.launch("top_columns", kernel, lambda meta: (1,), 1, x=x)
+    assert seen == [1] and current == [0]
 
 
 @needs_interpreter

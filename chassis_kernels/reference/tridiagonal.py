@@ -12,12 +12,12 @@ from torch import Tensor
 def tridiagonal_reduce_(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """T's diagonal [D] and off-diagonal [D - 1], and τ [D - 1] of the reflectors I − τ v vᵀ, whose product is Q.
 
-    v_i is left in row i of S [D, D] from the diagonal on, where its first entry is 1; below the diagonal S is undefined.
+    v_i is left in row i of S [D, D] behind the diagonal, where its first entry is 1; all else of S is 0.
     """
     diagonal, off, scales = S.new_empty(len(S)), S.new_empty(len(S) - 1), S.new_empty(len(S) - 1)
     rest = S.clone()
     for i in range(len(S)):
-        diagonal[i] = rest[0, 0]
+        diagonal[i], S[i] = rest[0, 0], 0
         x = rest[0, 1:].clone()
         if len(x) == 0:
             break

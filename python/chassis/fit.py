@@ -5,6 +5,7 @@ documents -> windows -> Probe -> Statistics -> closed_form -> refine -> evaluate
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 import warnings
@@ -144,13 +145,15 @@ def fit(
     checkpoint = Checkpoint(out, _identity(base, expert, windows["fit"], layers, options), options.checkpoint_seconds)
     statistics = collect(probe, base.readout, windows["fit"], checkpoint, report)
     clock.mark("statistics")
-    closed = _closed_form(statistics, probe, windows, options)
+    held = _held(probe, windows) if expert.log_probs or options.refine_steps else []
+    clock.mark("validation_rows")
+    closed = _closed_form(statistics, probe, windows["fit"], held, options)
     names = located(base.name), located(expert.name)
     lens = fit_lens(closed.statistics, options.alpha, LensConfig(*names, base.vocabulary_hash))
     ranks = sorted({options.rank, *options.ranks})
     adapters = {("closed form", rank): closed.adapter(rank, options.columns) for rank in ranks}
     clock.mark("closed_form")
-    refinements = _refine(closed, probe, windows, ranks, options, report) if options.refine_steps else {}
+    refinements = _refine(closed, probe, windows["fit"], held, ranks, options, report) if options.refine_steps else {}
     adapters |= {("refined", rank): refinement.adapter for rank, refinement in refinements.items()}
     clock.mark("refine")
     plain = {"plain_forward": _plain_forwards(probe, windows["fit"])} if expert.log_probs else {}
@@ -197,19 +200,18 @@ def collect(
 
 
 def _closed_form(
-    statistics: Statistics, probe: Probe, windows: Mapping[str, list[Window]], options: FitOptions
+    statistics: Statistics, probe: Probe, windows: Sequence[Window], held: list[Rows], options: FitOptions
 ) -> ClosedForm:
     if not probe.expert.log_probs:
         return closed_form(statistics, options.alpha)
     semantic = None
     if options.init != "newton" and isinstance(probe.expert, BridgedExpert):
         try:
-            semantic = semantic_change(probe.model, probe.expert, windows["fit"], options.alpha)
+            semantic = semantic_change(probe.model, probe.expert, windows, options.alpha)
         except BridgeError as error:
             if options.init == "semantic":
                 raise
             warnings.warn(f"the start is a Gauss-Newton step alone: {error}", stacklevel=2)
-    held = _held(probe, windows)
     return newton_closed_form(statistics, options.alpha, options.rank, held, semantic, init=options.init)
 
 
@@ -226,22 +228,25 @@ def _plain_forwards(probe: Probe, windows: Sequence[Window]) -> float:
     return (time.perf_counter() - begun) * len(windows) / sum(map(len, sample))
 
 
+def _lean(probe: Probe) -> Probe:
+    """The same without layers, and with a clock of its own."""
+    return replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
+
+
 def _held(probe: Probe, windows: Mapping[str, list[Window]]) -> list[Rows]:
-    lean = replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
-    return [rows for rows, _ in zip(lean.batches(windows["validation"]), range(VALIDATION_BATCHES), strict=False)]
+    """Validation rows that starts and steps are chosen on."""
+    return list(itertools.islice(_lean(probe).batches(windows["validation"]), VALIDATION_BATCHES))
 
 
-def _refine(closed, probe, windows, ranks, options, progress) -> dict[int, Refinement]:
-    """Refine each rank on the same batches of fit windows in an order of its own, against held validation rows."""
-    order = list(windows["fit"])
+def _refine(closed, probe, windows, held, ranks, options, progress) -> dict[int, Refinement]:
+    """Refine each rank on the same batches of `windows` in an order of its own, against held validation rows."""
+    order = list(windows)
     random.Random(options.seed).shuffle(order)
-    lean = replace(probe, layers=(), seconds=dict.fromkeys(probe.seconds, 0.0))
-    held = _held(probe, windows)
     progress("refine", 0, options.refine_steps)
     return refine(
         closed,
         ranks,
-        _steps(lean, order),
+        _steps(_lean(probe), order),
         held,
         steps=options.refine_steps,
         rate=options.refine_rate,

@@ -108,6 +108,7 @@ def _costs(results: dict) -> Table:
         "statistics": "pass over the text",
         "base_forward": "  of it the base's forward",
         "expert_forward": "  of it the expert's forward",
+        "validation_rows": "rows of validation documents",
         "closed_form": "closed form",
         "plain_forward": "beside it: both plain forwards",
         "refine": "refinement",
