@@ -1,4 +1,4 @@
-# make demo | demo-distill | test | bench [OP=name] | gpu-check | doctor | lint | clean
+# make demo | demo-distill | test | test-versions | bench [OP=name] | gpu-check | doctor | lint | clean
 # Each target sets up .venv the first time, and brings it up to date when the files below change.
 # PYTHON=python3.12 picks the interpreter, ARGS="..." is handed on to the command.
 
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: demo demo-distill test bench gpu-check doctor lint clean
+.PHONY: demo demo-distill test test-versions bench gpu-check doctor lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.built
@@ -26,6 +26,10 @@ demo-distill: $(VENV)/.built
 # A process a core, each with one thread and whole test files. ARGS="-n0 -x tests/test_cli.py" runs some here and now.
 test: $(VENV)/.built
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+# The ops with the oldest torch and Triton that are supported and with the newest: two environments of 5 GB.
+test-versions:
+	@PYTHON=$(PYTHON) .ci/versions $(ARGS)
 
 bench: $(VENV)/.built
 	@$(BIN)/python benchmarks/run.py $(if $(OP),--op $(OP:_=)) $(ARGS)
@@ -50,7 +54,7 @@ lint: $(VENV)/.built
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info python/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info python/*.egg-info
 	rm -f chassis_kernels/_C.*.so chassis_kernels/_CUDA.*.so
 	find chassis_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,9 +1,12 @@
 """What is shipped: metadata, pins, source and wheel, and an installation without a compiler."""
 
 import ast
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,8 @@ from pathlib import Path
 import chassis
 import pytest
 from packaging.requirements import Requirement
+
+import chassis_kernels
 
 ROOT = Path(__file__).parents[1]
 TOP = ("chassis_kernels", "csrc", "python", "tests", "Makefile", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE",
@@ -84,6 +89,22 @@ def test_pins_lie_within_the_ranges(python):
     pinned = requirements() | {name: r for name, r in requirements("dev").items() if name != "triton"}
     for name, requirement in pinned.items():
         assert requirement.specifier.contains(versions[name]), requirement
+
+
+def test_every_module_imports():
+    """With the oldest and the newest torch and Triton too: `make test-versions`."""
+    pytest.importorskip("triton")
+    names = [found.name for p in (chassis, chassis_kernels) for found in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
+    assert {"chassis_kernels.triton.moments", "chassis.distill.trainer", "chassis.cli.using"} <= set(names)
+    for name in names:
+        importlib.import_module(name)
+
+
+def test_the_oldest_versions_that_are_tried_are_the_oldest_that_are_declared():
+    script = (ROOT / ".ci" / "versions").read_text()
+    for name, requirement in (("torch", requirements()["torch"]), ("triton", requirements("gpu")["triton"])):
+        least = next(clause.version for clause in requirement.specifier if clause.operator == ">=")
+        assert re.search(rf"^check oldest .*\b{name}=={re.escape(least)}(\.0)*\s", script, re.MULTILINE)
 
 
 def test_kernels_import_without_chassis():
