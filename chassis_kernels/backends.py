@@ -93,6 +93,17 @@ class Op:
         """The op, without torch's dispatcher where nothing needs it: that costs several times what a small call does."""
         return (self.dispatch if _plain(args) else getattr(torch.ops.chassis, self.name))(*args)
 
+    def direct(self, *args) -> bool:
+        """Run the C++ kernel on tensors without gradients, and nothing else, where it takes them as they are; did it?
+
+        What is traced, transformed or profiled, or asked of another backend, or fits less well, goes the way of a call.
+        """
+        if torch.compiler.is_compiling() or not _unwatched() or _C is None or _override.get() not in _CPU:
+            return False
+        taken = getattr(_C, self.name)(*args)
+        self.calls["cpu"] += taken
+        return taken
+
 
 OPS: dict[str, Op] = {}
 
@@ -145,21 +156,29 @@ def no_second_derivative(op: str, instead: str) -> None:
 
 def _plain(args: tuple) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
-    if torch.compiler.is_compiling():  # asked first: the compiler cannot trace the questions below
-        return False
-    if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or not _unwatched():
         return False
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    return ordinary(tensors) and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+    grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    return not grad and _ORDINARY.issuperset(map(type, tensors))
 
 
 def ordinary(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether these are tensors of torch's own kind with values to look at: nobody compiles or transforms the call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _modes() or _transforms() is not None:
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, tensors))
+    return _ORDINARY.issuperset(map(type, tensors))
 
 
+def _unwatched() -> bool:
+    """Whether nobody traces, transforms or profiles what is called; not for the compiler, which cannot trace this."""
+    return not (_modes() or _profiles()) and _transforms() is None and _traces() is None
+
+
+# Looked up once: the path to each costs more than the question.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_profiles, _traces = torch.autograd._profiler_enabled, torch._C._get_tracing_state
+_CPU = frozenset((None, "cpu"))  # overrides under which the C++ kernel may run
 _ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
 
 

@@ -17,7 +17,6 @@ from chassis_kernels.reference import delta_logits as reference
 from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 _ARGUMENTS = "Tensor hidden, Tensor U, Tensor V, Tensor? bias, Tensor? mean, Tensor? cols, Tensor? adapter_id"
-_CODES = backends.DTYPE_CODES | {torch.int64: -1}
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -46,6 +45,10 @@ def delta_logits_(
     """
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (logits, hidden, U, V, bias, mean)]):
         _refuse_grad(logits=logits, hidden=hidden, U=U, V=V, bias=bias, mean=mean)
+    # Most calls are a decoding step of a few microseconds; what the kernel refuses is named or made contiguous below.
+    if _OP_.direct(logits, hidden, U, V, bias, mean, cols, adapter_id):
+        torch.autograd.graph.increment_version(logits)
+        return logits
     rows, arguments = _checked(logits, hidden, U, V, bias, mean, cols, adapter_id)
     if 0 in rows.stride() and any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise RuntimeError(f"logits of shape {tuple(logits.shape)} are expanded: rows share memory; clone them first")
@@ -215,17 +218,14 @@ def _gradients(grad, needed, hidden, U, V, bias, mean, cols, adapter_id) -> list
 
 
 def _cpu_(logits, *arguments) -> None:
-    if not backends._C.delta_logits_(*map(_args, (logits, *arguments))):
-        out, *rest = map(backends.rows_contiguous, (logits, *arguments))
-        backends._C.delta_logits_(*map(_args, (out, *rest)))
-        if out is not logits:
+    if not backends._C.delta_logits_(logits, *arguments):
+        plain = [t if t is None else t.as_subclass(Tensor) for t in (logits, *arguments)]
+        out, *rest = map(backends.rows_contiguous, plain)
+        if not backends._C.delta_logits_(out, *rest):
+            raise ValueError("chassis::delta_logits_: tensors that do not fit; chassis_kernels.delta_logits_ says which")
+        if out is not plain[0]:
             logits.copy_(out)
     torch.autograd.graph.increment_version(logits)
-
-
-def _args(tensor: Tensor | None) -> tuple | None:
-    """A tensor as the extension takes it here: what little Python does for every token of a decoding model counts."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), _CODES[tensor.dtype])
 
 
 def _cpu(logits, *arguments) -> Tensor:

@@ -1,13 +1,16 @@
 // The Python module chassis_kernels._C: turns (pointer, shape, stride, dtype) tuples into kernel arguments, releases the
-// interpreter lock and calls the variant for this processor. Arguments are checked in Python, before they come here.
+// interpreter lock and calls the variant for this processor. Arguments are checked in Python, before they come here, except
+// those of delta_logits_, which a decoding model calls for every token.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/ops.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 using chassis::DType;
@@ -22,31 +25,6 @@ Matrix matrix(const py::object& given) {
   return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
           t[3].cast<int64_t>(), static_cast<DType>(t[4].cast<int>())};
 }
-
-int64_t integer(PyObject* tuple, Py_ssize_t place) {
-  PyObject* value = PyTuple_GetItem(tuple, place);
-  int64_t result = value ? PyLong_AsLongLong(value) : -1;
-  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return result;
-}
-
-// (data_ptr, shape, strides, dtype) or None: the last two dimensions as a matrix, and the step to the next one in a stack.
-struct Stack {
-  Matrix first{};
-  int64_t count = 1, step = 0;
-  bool contiguous = true;  // in the last dimension
-
-  explicit Stack(const py::object& given) {
-    if (given.is_none()) return;
-    PyObject *t = given.ptr(), *shape = PyTuple_GetItem(t, 1), *stride = PyTuple_GetItem(t, 2);
-    Py_ssize_t dims = PyTuple_Size(shape);
-    if (dims < 1) throw py::error_already_set();
-    first = {reinterpret_cast<void*>(integer(t, 0)), dims > 1 ? integer(shape, dims - 2) : 1, integer(shape, dims - 1),
-             dims > 1 ? integer(stride, dims - 2) : 0, static_cast<DType>(integer(t, 3))};
-    contiguous = first.cols <= 1 || integer(stride, dims - 1) == 1;
-    if (dims > 2) count = integer(shape, 0), step = integer(stride, 0);
-  }
-};
 
 template <class T>
 T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
@@ -76,6 +54,48 @@ chassis::ProjectionKL projection_kl_args(const py::tuple& t) {
 // reflectors, factors, diagonal, off, C, alphas
 chassis::Tridiagonal tridiagonal_args(const py::tuple& t) {
   return {matrix(t[0]), matrix(t[1]), matrix(t[2]), matrix(t[3]), matrix(t[4]), matrix(t[5])};
+}
+
+// The arguments of delta_logits_ from what Python was given; false unless each lies as the kernel reads it and all fit.
+bool delta_logits_args(const py::object (&given)[8], chassis::DeltaLogits& args) {
+  enum { logits, hidden, U, V, bias, mean, cols, ids };
+  chassis::DLTensor t[8];
+  for (int i = 0; i < 8; ++i) {
+    if (given[i].is_none() ? i < bias : !chassis::borrow(given[i].ptr(), t[i])) return false;
+  }
+  auto there = [&](int i) { return !given[i].is_none(); };
+  if (!as_rows(t[logits], args.logits) || !as_rows(t[hidden], args.hidden) || t[logits].dims != t[hidden].dims) return false;
+  if (!std::equal(t[logits].shape, t[logits].shape + t[logits].dims - 1, t[hidden].shape)) return false;
+  if (args.logits.rows > 1 && args.logits.stride < args.logits.cols) return false;  // rows that share memory
+  const bool stacked = t[U].dims == 3;
+  if ((!stacked && t[U].dims != 2) || t[V].dims != t[U].dims) return false;
+  const int64_t n = args.logits.rows, width = args.hidden.cols, rank = t[U].shape[t[U].dims - 1];
+  const int64_t columns = t[V].shape[t[V].dims - 1], adapters = stacked ? t[U].shape[0] : 1;
+  auto fits = [&](int i, std::initializer_list<int64_t> one, std::initializer_list<int64_t> all) {
+    return is_dense(t[i], stacked ? all : one);
+  };
+  auto vectors = [&](int i, int64_t size, Matrix& out) {
+    return !there(i) || (fits(i, {size}, {adapters, size}) && as_matrix(t[i], out));
+  };
+  if (!fits(U, {width, rank}, {adapters, width, rank}) || !as_matrix(t[U], args.U)) return false;
+  if (!fits(V, {rank, columns}, {adapters, rank, columns}) || !as_matrix(t[V], args.V)) return false;
+  if (!vectors(bias, columns, args.bias) || !vectors(mean, width, args.mean)) return false;
+  args.adapters = adapters;
+  args.stride_U = stacked ? t[U].stride[0] : 0;
+  args.stride_V = stacked ? t[V].stride[0] : 0;
+  args.stride_cols = 0;
+  args.cols = args.adapter_id = nullptr;
+  if (there(cols)) {
+    const bool own = stacked && t[cols].dims == 2;
+    if (!(is_dense(t[cols], {columns}) || (own && is_dense(t[cols], {adapters, columns}))) || !is_int64(t[cols])) return false;
+    args.stride_cols = own ? t[cols].stride[0] : 0;
+    args.cols = static_cast<int64_t*>(t[cols].data);
+  } else if (columns != args.logits.cols) {
+    return false;
+  }
+  if (!there(ids)) return adapters == 1;
+  args.adapter_id = static_cast<int64_t*>(t[ids].data);
+  return stacked && adapters > 0 && is_dense(t[ids], {n}) && is_int64(t[ids]);
 }
 
 enum class Isa { portable, avx2, avx512 };
@@ -170,17 +190,11 @@ PYBIND11_MODULE(_C, m) {
     Matrix W = matrix(out);
     DISPATCH(tridiagonal_solve(args, W));
   });
-  // Returns false, with nothing done, where a last dimension is not contiguous.
+  // The tensors themselves; returns false, with nothing done, unless they fit and a kernel can read them as they lie.
   m.def("delta_logits_", [](const py::object& logits, const py::object& hidden, const py::object& U, const py::object& V,
                             const py::object& bias, const py::object& mean, const py::object& cols, const py::object& ids) {
-    const Stack given[] = {Stack(logits), Stack(hidden), Stack(U),    Stack(V),
-                           Stack(bias),   Stack(mean),   Stack(cols), Stack(ids)};
-    for (const Stack& each : given)
-      if (!each.contiguous) return false;
-    const Stack &down = given[2], &up = given[3], &columns = given[6];
-    chassis::DeltaLogits args{given[0].first, given[1].first, down.first, up.first, given[4].first, given[5].first, down.count,
-                              down.step, up.step, columns.first.stride, static_cast<int64_t*>(columns.first.data),
-                              static_cast<int64_t*>(given[7].first.data)};
+    chassis::DeltaLogits args{};
+    if (!delta_logits_args({logits, hidden, U, V, bias, mean, cols, ids}, args)) return false;
     DISPATCH(delta_logits_(args));
     return true;
   });

@@ -186,4 +186,5 @@ def _rows(ids: Tensor, logits: Tensor) -> Tensor:
     requests, batch = len(ids), logits.shape[0]
     if batch % requests:
         raise ChassisError(f"{requests} requests are routed and the batch has {batch} rows: route one request for each")
-    return ids[:, None].expand(-1, logits.numel() // logits.shape[-1] // requests).reshape(-1)
+    each = logits.numel() // logits.shape[-1] // requests
+    return ids if each == 1 else ids.repeat_interleave(each)
