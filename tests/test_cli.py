@@ -132,6 +132,18 @@ def test_generate_speaks_side_by_side(work):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_names_the_token_whose_logits_are_not_finite(work, tmp_path, tiny_tokenizer):
+    shutil.copytree(work / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    unread = torch.ones(len(tiny_tokenizer), dtype=torch.bool)
+    unread[:32], unread[tiny_tokenizer("the quick")["input_ids"]] = False, False  # what loading looks at, and the prompt
+    weights["model.embed_tokens.weight"][unread] = torch.nan
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    command = ("generate", "--base", tmp_path / "base", "--adapter", work / "out", "--prompt", "the quick", "--sample")
+    refused = chassis(*command, "--temperature", "9")
+    assert refused.exit_code == 2 and "logits for token 2 after 'the quick' are NaN or infinite" in refused.stderr
+
+
 def test_generate_with_several_experts_routes_each_prompt(work):
     plugs = ("--plug", f"one={work / 'out'}", "--plug", f"two={work / 'out'}")
     command = ("generate", *plugs, "--prompt", "the quick", "--prompt", "def f", "--max-new-tokens", "8")

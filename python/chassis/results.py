@@ -13,6 +13,7 @@ import chassis
 from chassis.adapter import Adapter
 from chassis.evaluate import Score, Scores, evaluate, passage
 from chassis.experts import Expert, ModelExpert
+from chassis.finite import FiniteLogits
 from chassis.fit import Base, FitResult, Progress
 from chassis.port import BASE, Port, attach
 from chassis.probes import Window
@@ -89,11 +90,14 @@ def generations(base: Base, expert: Expert, adapter: Adapter, prompts: Sequence[
 
 
 def continuation(model: torch.nn.Module, tokenizer, prompt: str, n_tokens: int, **options) -> str:
-    """What `model` adds to `prompt`: greedy unless `options` for `generate` say otherwise."""
+    """What `model` adds to `prompt`: greedy unless `options` for `generate` say otherwise.
+
+    Raises ChassisError at a token whose logits are NaN or infinite.
+    """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    options = {"do_sample": False, "max_new_tokens": n_tokens, "pad_token_id": tokenizer.pad_token_id} | options
-    ids = model.generate(**encoded, **options)[0].tolist()
     start = encoded["input_ids"].shape[1]
+    options = {"do_sample": False, "max_new_tokens": n_tokens, "pad_token_id": tokenizer.pad_token_id} | options
+    ids = model.generate(**encoded, logits_processor=[FiniteLogits([prompt], start)], **options)[0].tolist()
     whole, given = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:start]))
     return whole[len(given) :] if whole.startswith(given) else tokenizer.decode(ids[start:], skip_special_tokens=True)
 
