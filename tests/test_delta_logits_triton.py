@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BUDGET, far_apart
 from test_delta_logits import DTYPES, problem, truth
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chassis_kernels import backends, delta_logits, delta_logits_, use_backend
 
@@ -65,3 +66,35 @@ def test_ids_out_of_range_are_passed_over():
         delta_logits_(logits, hidden, U, V, bias, **options)
     changed = logits != before
     assert changed[[0, 3], :7].all() and not changed[:, 7:].any() and not changed[[1, 2, 4]].any()
+
+
+class NothingRuns(TorchDispatchMode):
+    """Raises where torch does more than give out memory or look at it in another shape."""
+
+    FREE = ("chassis::delta_logits_", "aten::new_empty", "aten::unsqueeze", "aten::view")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.name().split(".")[0] in self.FREE, op.name()
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("adapters", [None, 3])
+@pytest.mark.parametrize("cols", [True, False])
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_call_is_two_launches_and_nothing_else(n, adapters, cols, monkeypatch):
+    """On a GPU all that would stand beside them is an allocation; so nothing waits for the device either."""
+    from chassis_kernels.triton import shared
+
+    arguments, options = problem(n, adapters=adapters, cols=cols)
+    want, launched, run = truth(arguments, options), [], shared.run
+
+    def count(op, kernel, *rest):
+        launched.append(kernel.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():  # the interpreter works with torch itself
+            run(op, kernel, *rest)
+
+    monkeypatch.setattr(shared, "run", count)
+    with use_backend("triton"), NothingRuns():
+        delta_logits_(*arguments, **options)
+    assert launched == ["down", "up"]
+    torch.testing.assert_close(arguments[0].double(), want, rtol=1e-5, atol=1e-5)
