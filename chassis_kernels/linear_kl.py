@@ -13,7 +13,7 @@ from torch import Tensor
 from chassis_kernels import backends, pages
 from chassis_kernels.reference import linear_kl as reference
 
-KEPT_ROWS = 192  # whose logits exist together where gradients are made with the KL
+KEPT_ROWS = 288  # whose logits exist together where gradients are made with the KL
 TILE = 128  # columns, as in csrc/cpu/linear_kl_logits.h
 
 _INPUTS = (
@@ -65,7 +65,7 @@ def linear_kl(
     backend), unclamped: two equal distributions may give -1e-7. Differentiable in delta's u, v and c alone.
 
     On the CPU the gradients are made in the same pass as the KL and held until backward: [N, r], [r, V] and [V] in float32,
-    and meanwhile the logits of 192 rows of both sides, in memory that stays for the next call (`pages.release`). Where the
+    and meanwhile what 288 rows of both sides need, in memory that stays for the next call (`pages.release`). Where the
     upstream gradient differs from row to row (a sum or mean gives every row the same), those for v and c take a second pass.
 
     Raises ValueError for shapes that do not fit and RuntimeError where a hidden state, W or bias requires grad.

@@ -32,7 +32,9 @@ def test_gradients_made_with_the_kl_are_those_of_a_second_sweep(n, options, give
     inputs = *heads, options.get("bias_a"), None, *leaves, options.get("softcap_a"), None, options.get("scale_a", 1.0), 1.0
     with torch.no_grad():
         apart = torch.ops.chassis.linear_kl_backward(torch.ones(n), *inputs, stats.lse_a, stats.lse_b)
-    assert torch.equal(kl, plain) and all(map(torch.equal, together, apart))
+    assert torch.equal(kl, plain)
+    for made, again in zip(together, apart, strict=True):  # one rounds around the running maxima, one around the sums
+        torch.testing.assert_close(made, again, rtol=0, atol=8 * EPS * float(again.abs().max()))
     assert all(map(torch.equal, together, torch.autograd.grad(kl.sum(), leaves, retain_graph=True)))
     for factor, grad in zip(together, torch.autograd.grad(kl.mean(), leaves), strict=True):
         torch.testing.assert_close(grad, factor / n, rtol=4 * EPS, atol=0)

@@ -54,26 +54,46 @@ struct Operand {
   }
 };
 
-template <size_t... i>
-inline void interleave(vf a, vf b, vf& low, vf& high, std::index_sequence<i...>) {
-  constexpr int half = kLanes / 2;
+// Every `span` lanes of `even` and `odd` are the even and the odd runs of `run` lanes in those of a, then in those of b.
+template <int run, int span, size_t... i>
+inline void unzip(vf a, vf b, vf& even, vf& odd, std::index_sequence<i...>) {
+#define CHASSIS_FROM (i / span * span + i % (span / 2) / run * 2 * run + i % run + (i % span < span / 2 ? 0 : kLanes))
 #if defined(__clang__)
-  low = __builtin_shufflevector(a, b, (i / 2 + (i % 2) * kLanes)...);
-  high = __builtin_shufflevector(a, b, (half + i / 2 + (i % 2) * kLanes)...);
+  even = __builtin_shufflevector(a, b, CHASSIS_FROM...);
+  odd = __builtin_shufflevector(a, b, (CHASSIS_FROM + run)...);
 #else
-  low = __builtin_shuffle(a, b, vi{int32_t(i / 2 + (i % 2) * kLanes)...});
-  high = __builtin_shuffle(a, b, vi{int32_t(half + i / 2 + (i % 2) * kLanes)...});
+  even = __builtin_shuffle(a, b, vi{int32_t(CHASSIS_FROM)...});
+  odd = __builtin_shuffle(a, b, vi{int32_t(CHASSIS_FROM + run)...});
 #endif
+#undef CHASSIS_FROM
 }
 
-// Transposes a kLanes x kLanes block: log2(kLanes) rounds, each a perfect shuffle of the row numbers' bits.
-inline void transpose(vf* rows) {
-  vf next[kLanes];
-  for (int span = 1; span < kLanes; span *= 2) {
-    for (int i = 0; i < kLanes / 2; ++i)
-      interleave(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1], std::make_index_sequence<kLanes>());
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+// Transposes the squares of count x count runs of `run` lanes in rows 0, step, 2 step, ...: each round moves one bit of the
+// rows' numbers into the lanes'.
+template <int run, int count>
+inline void transpose_runs(vf* rows, int step) {
+  vf next[count];
+  for (int round = 1; round < count; round *= 2) {
+    for (int i = 0; i < count / 2; ++i)
+      unzip<run, run * count>(rows[2 * i * step], rows[(2 * i + 1) * step], next[i], next[i + count / 2],
+                              std::make_index_sequence<kLanes>());
+    for (int i = 0; i < count; ++i) rows[i * step] = next[i];
   }
+}
+
+// Transposes a kLanes x kLanes block: fours of lanes, which processors shuffle quickest, then the fours themselves.
+inline void transpose(vf* rows) {
+  for (int i = 0; i < kLanes; i += 4) transpose_runs<1, 4>(rows + i, 1);
+  for (int i = 0; i < 4; ++i) transpose_runs<4, kLanes / 4>(rows + i, 4);
+}
+
+// Lane i of the result is f over all lanes of rows[i], which are used up.
+template <class F>
+inline vf reduce_rows(vf* rows, F f) {
+  transpose(rows);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) rows[i] = f(rows[i], rows[i + half]);
+  return rows[0];
 }
 
 // Up to kLanes values along a line; the lanes from `count` on are zero.
@@ -144,41 +164,70 @@ inline void pack(const Operand<T>& m, int64_t n, int64_t depth, float* out) {
   }
 }
 
-// c[i * ldc + j] (+)= sum_k a[k * kMr + i] * b[k * kNr + j] for one whole kMr x kNr tile, k < depth.
-inline void micro_kernel(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
-  vf acc[kMr][2] = {};
-  for (int64_t k = 0; k < depth; ++k, a += kMr, b += kNr) {
-    vf b0 = load(b), b1 = load(b + kLanes);
+// c [kMr, two vectors] (row stride ldc) (+)= sign * sum_k a[i * kRow + k * kStep] * b[k * ldb + j], k < depth.
+template <int kRow = 1, int kStep = kMr, class T>
+inline void micro_kernel(const T* a, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc, bool accumulate, T sign = 1) {
+  constexpr int lanes = sizeof(vf) / sizeof(T);
+  decltype(load(b)) acc[kMr][2] = {};
+  for (int64_t k = 0; k < depth; ++k, a += kStep, b += ldb) {
+    auto b0 = load(b), b1 = load(b + lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kMr; ++i) {
-      acc[i][0] += a[i] * b0;
-      acc[i][1] += a[i] * b1;
+      acc[i][0] += a[i * kRow] * b0;
+      acc[i][1] += a[i * kRow] * b1;
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kMr; ++i) {
-    float* row = c + i * ldc;
-    store(row, accumulate ? load(row) + acc[i][0] : acc[i][0]);
-    store(row + kLanes, accumulate ? load(row + kLanes) + acc[i][1] : acc[i][1]);
-  }
+  for (int i = 0; i < kMr; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      T* to = c + i * ldc + j * lanes;
+      store(to, accumulate ? load(to) + sign * acc[i][j] : sign * acc[i][j]);
+    }
 }
 
-// c [m, n] (row stride ldc) (+)= packed a [m, depth] times packed b [depth, n]; ragged edges go through a local tile.
-inline void multiply_panels(const float* a, int64_t m, const float* b, int64_t n, int64_t depth, float* c, int64_t ldc,
-                            bool accumulate) {
+// Operands of a product: packed panels, or what lies in memory in whole panels anyhow. at(i) is the panel of row or column i.
+template <int kWidth>
+struct Packed {
+  const float* data;
+  int64_t depth;
+  static constexpr int kRow = 1, kStep = kWidth;
+  int64_t step() const { return kWidth; }
+  const float* at(int64_t i) const { return data + i * depth; }
+};
+template <int kStride>
+struct WholeRows {
+  const float* data;
+  static constexpr int kRow = kStride, kStep = 1;
+  const float* at(int64_t i) const { return data + i * kStride; }
+};
+struct WholeColumns {
+  const float* data;
+  int64_t stride;
+  int64_t step() const { return stride; }
+  const float* at(int64_t j) const { return data + j; }
+};
+
+// c [m, n] (row stride ldc) (+)= a [m, depth] times b [depth, n]; ragged edges go through a local tile.
+template <class A, class B>
+inline void multiply_views(A a, int64_t m, B b, int64_t n, int64_t depth, float* c, int64_t ldc, bool accumulate) {
   for (int64_t i = 0; i < m; i += kMr)
     for (int64_t j = 0; j < n; j += kNr) {
       float* out = c + i * ldc + j;
       if (i + kMr <= m && j + kNr <= n) {
-        micro_kernel(a + i * depth, b + j * depth, depth, out, ldc, accumulate);
+        micro_kernel<A::kRow, A::kStep>(a.at(i), b.at(j), b.step(), depth, out, ldc, accumulate);
         continue;
       }
       float tile[kMr * kNr];
-      micro_kernel(a + i * depth, b + j * depth, depth, tile, kNr, false);
+      micro_kernel<A::kRow, A::kStep>(a.at(i), b.at(j), b.step(), depth, tile, kNr, false);
       for (int64_t r = 0; r < std::min<int64_t>(kMr, m - i); ++r)
         for (int64_t s = 0; s < std::min<int64_t>(kNr, n - j); ++s)
           out[r * ldc + s] = (accumulate ? out[r * ldc + s] : 0) + tile[r * kNr + s];
     }
+}
+inline void multiply_panels(const float* a, int64_t m, const float* b, int64_t n, int64_t depth, float* c, int64_t ldc,
+                            bool accumulate) {
+  multiply_views(Packed<kMr>{a, depth}, m, Packed<kNr>{b, depth}, n, depth, c, ldc, accumulate);
 }
 
 }  // namespace CHASSIS_ISA

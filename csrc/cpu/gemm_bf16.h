@@ -54,18 +54,23 @@ inline void pack_pairs(const bf16* data, int64_t stride, int64_t n, int64_t dept
     for (int part = 0; part < kWidth; part += kLanes) {
       int64_t rows = std::min<int64_t>({n - i - part, kWidth - part, kLanes});
       for (int64_t k = 0; k < pairs; k += kLanes) {
-        vf block[kLanes] = {};
+        const bf16* from = data + (i + part) * stride + 2 * k;
         for (int64_t r = i + part + kLanes; r < std::min<int64_t>(i + part + 2 * kLanes, n); ++r)
           __builtin_prefetch(data + r * stride + 2 * k);  // rows far apart: no processor guesses the next ones
-        const bool whole = depth - 2 * k >= 2 * kLanes;  // a copy of known size is one load
-        for (int64_t r = 0; r < rows; ++r) {
-          const bf16* from = data + (i + part + r) * stride + 2 * k;
-          if (whole) std::memcpy(&block[r], from, sizeof block[r]);
-          else std::memcpy(&block[r], from, 2 * (depth - 2 * k));
+        vf block[kLanes];
+        float* to = out + k * kWidth + part;
+        if (rows == kLanes && depth - 2 * k >= 2 * kLanes && kWidth % kLanes == 0) {  // counts known: all in registers
+          for (int r = 0; r < kLanes; ++r) std::memcpy(&block[r], from + r * stride, sizeof block[r]);
+          transpose(block);
+          for (int j = 0; j < kLanes; ++j) store(to + j * kWidth, block[j]);
+          continue;
         }
+        std::fill_n(block, kLanes, vf{});
+        for (int64_t r = 0; r < rows; ++r)
+          std::memcpy(&block[r], from + r * stride, 2 * std::min<int64_t>(depth - 2 * k, 2 * kLanes));
         transpose(block);
         for (int64_t j = 0; j < std::min<int64_t>(kLanes, pairs - k); ++j)
-          store_step<kWidth>(out + (k + j) * kWidth + part, block[j], k + j == pairs - 1);
+          store_step<kWidth>(to + j * kWidth, block[j], k + j == pairs - 1);
       }
     }
 }

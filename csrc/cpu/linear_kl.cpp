@@ -61,34 +61,77 @@ struct State {
   }
 };
 
-float max_of(const float* z) {
-  vf best = splat(-kInf);
-  for (int64_t j = 0; j < kTile; j += kLanes) best = vmax(load(z + j), best);
-  return max(best);
+// What the gradients need of a tile of logits: e^(a - reference) cap'(a) and e^(b - reference) cap'(a), [rows, kTile], with the
+// references [rows] of either side.
+struct Exponentials {
+  float *a, *b, *reference_a, *reference_b;
+};
+
+// Sums over a row of a tile.
+struct Sums {
+  vf a = {}, b = {}, w = {}, widest = splat(-kInf);
+};
+
+// Sums a row around its references, and stores what is kept of it. The plain way takes the fewest operations and gives a w
+// that is not finite where a logit is -inf; the careful one knows that p_b = 0 adds nothing to it.
+template <bool careful, bool keep>
+inline Sums sum_row(const float* za, const float* zb, float reference_a, float reference_b, float softcap = 0,
+                    float* kept_a = nullptr, float* kept_b = nullptr) {
+  Sums sums;
+  for (int64_t j = 0; j < kTile; j += kLanes) {
+    vf z = load(za + j), a = z - reference_a, b = load(zb + j) - reference_b, apart = b - a;
+    vf ea = exp_nonpositive(a), eb = exp_nonpositive(b);
+    sums.a += ea;
+    sums.b += eb;
+    if (careful) sums.w += eb == 0 ? vf{} : eb * apart, sums.widest = vmax(apart, sums.widest);
+    else sums.w += eb * apart;
+    if (!keep) continue;
+    if (softcap > 0) {
+      vf slope = 1.0f - (z / softcap) * (z / softcap);
+      ea *= slope, eb *= slope;
+    }
+    store(kept_a + j, ea);
+    store(kept_b + j, eb);
+  }
+  return sums;
 }
 
-// Folds one row's tile of both logits into its state.
-void fold(const float* za, const float* zb, int64_t column, State& state) {
-  float max_a = max_of(za), max_b = max_of(zb);
-  auto place = [&](const float* z, float max, float before) {
-    return max > before ? column + (std::find(z, z + kTile, max) - z) : 0;
-  };
-  state.raise(max_a, place(za, max_a, state.a.max), max_b, place(zb, max_b, state.b.max));
-  const vf ma = splat(state.a.reference()), mb = splat(state.b.reference());
-  vf sa = {}, sb = {}, w = {}, widest = splat(-kInf);
-  for (int64_t j = 0; j < kTile; j += kLanes) {
-    vf a = load(za + j) - ma, b = load(zb + j) - mb, apart = b - a, eb = exp_nonpositive(b);
-    sa += exp_nonpositive(a);
-    sb += eb;
-    w += eb == 0 ? vf{} : eb * apart;
-    widest = vmax(apart, widest);
+// Folds a tile of `count` rows, at most kLanes, of both logits into their states, and into `kept` where the gradients need it.
+template <bool keep>
+void fold(const float* za, const float* zb, int64_t count, int64_t column, float softcap, State* states, Exponentials kept) {
+  vf a_rows[kLanes], b_rows[kLanes], w_rows[kLanes] = {};
+  for (int64_t i = 0; i < kLanes; ++i) {
+    vf a = splat(-kInf), b = a;
+    for (int64_t j = 0; i < count && j < kTile; j += kLanes)
+      a = vmax(load(za + i * kTile + j), a), b = vmax(load(zb + i * kTile + j), b);
+    a_rows[i] = a, b_rows[i] = b;
   }
-  state.a.sum += sum(sa);
-  state.b.sum += sum(sb);
-  bool excluded = max(widest) == kInf;
-  double more = sum(w);
-  state.excluded |= excluded;
-  state.w += excluded && more == kInf ? 0 : more;
+  const vf a_max = reduce_rows(a_rows, vmax), b_max = reduce_rows(b_rows, vmax);
+  for (int64_t i = 0; i < count; ++i) {
+    State& state = states[i];
+    const float *a = za + i * kTile, *b = zb + i * kTile;
+    auto place = [&](const float* z, float max, float before) {
+      return max > before ? column + (std::find(z, z + kTile, max) - z) : 0;
+    };
+    state.raise(a_max[i], place(a, a_max[i], state.a.max), b_max[i], place(b, b_max[i], state.b.max));
+    const float reference_a = state.a.reference(), reference_b = state.b.reference();
+    if (keep) kept.reference_a[i] = reference_a, kept.reference_b[i] = reference_b;
+    Sums sums = sum_row<false, keep>(a, b, reference_a, reference_b, softcap, kept.a + i * kTile, kept.b + i * kTile);
+    a_rows[i] = sums.a, b_rows[i] = sums.b, w_rows[i] = sums.w;
+  }
+  const vf a_sum = reduce_rows(a_rows, add), b_sum = reduce_rows(b_rows, add), w_sum = reduce_rows(w_rows, add);
+  for (int64_t i = 0; i < count; ++i) {
+    State& state = states[i];
+    double w = w_sum[i];
+    if (!(std::fabs(w) < kInf)) {
+      Sums sums = sum_row<true, false>(za + i * kTile, zb + i * kTile, state.a.reference(), state.b.reference());
+      bool excluded = max(sums.widest) == kInf;
+      w = sum(sums.w);
+      if (excluded && w == kInf) w = 0;
+      state.excluded |= excluded;
+    }
+    state.a.sum += a_sum[i], state.b.sum += b_sum[i], state.w += w;
+  }
 }
 
 // Rows packed for both sides, and the walk over tiles of the vocabulary and blocks of rows that both passes share.
@@ -115,38 +158,47 @@ struct Problem {
     }
   }
 
-  // Calls f(tile, column, columns) for every tile of this thread.
+  // Calls f(tile, column, columns) for every tile of this thread, the last one first where it is `back`.
   template <class F>
-  void each_tile(F f) const {
-    int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    for (int64_t t = tiles * thread / team; t < tiles * (thread + 1) / team; ++t)
+  void each_tile(F f, bool back = false) const {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = tiles * thread / team, end = tiles * (thread + 1) / team;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = back ? begin + end - 1 - i : i;
       f(t, t * kTile, std::min(kTile, vocabulary - t * kTile));
+    }
   }
 
-  // Calls tile(column, columns), then block(row, rows, column, columns, za, zb), for every tile of this thread and block of
-  // the chunk. The logits stay in `kept` [tiles, 2, rows, kTile] where it is there.
-  template <class Tile, class Block>
-  void walk(int64_t first, int64_t rows, const float* packed_a, const float* packed_b, float* kept, Tile tile, Block block) const {
-    Buffer tile_a(a.tile_size()), tile_b(b.tile_size()), z(kept ? 0 : 2 * kBlock * kTile);
+  // Calls f(t, column, columns, za, zb) with the logits [rows, kTile] of a chunk of packed rows, for every tile of this thread.
+  template <class F>
+  void walk(int64_t first, int64_t rows, const float* packed_a, const float* packed_b, F f) const {
+    Buffer panel(std::max(a.panel_size(), b.panel_size())), za(rows * kTile), zb(rows * kTile);
     each_tile([&](int64_t t, int64_t column, int64_t columns) {
-      a.pack_tile(column, columns, tile_a.get());
-      b.pack_tile(column, columns, tile_b.get());
-      tile(column, columns);
-      for (int64_t i = 0; i < rows; i += kBlock) {
-        int64_t here = std::min(kBlock, rows - i), at = i / kBlock;
-        float* za = kept ? kept + (2 * t * rows + i) * kTile : z.get();
-        float* zb = za + (kept ? rows : kBlock) * kTile;
-        int64_t next = i + kBlock >= rows ? column + kTile : vocabulary;
-        a.logits(packed_a + at * a.rows_size(), first + i, here, tile_a.get(), column, columns, za, next);
-        b.logits(packed_b + at * b.rows_size(), first + i, here, tile_b.get(), column, columns, zb, next);
-        block(i, here, column, columns, za, zb);
-      }
+      multiply(a, packed_a, rows, column, columns, panel.get(), za.get());
+      multiply(b, packed_b, rows, column, columns, panel.get(), zb.get());
+      a.finish(first, rows, column, columns, za.get());
+      b.finish(first, rows, column, columns, zb.get());
+      f(t, column, columns, za.get(), zb.get());
     });
+  }
+
+ private:
+  void multiply(const Side& side, const float* packed, int64_t rows, int64_t column, int64_t columns, float* panel, float* z) const {
+    if (side.depth == 0) return;
+    for (int64_t j = 0; j < columns; j += kNr) {
+      const int64_t width = std::min<int64_t>(kNr, columns - j), next = column + j + kNr;
+      side.pack_panel(column + j, width, panel);
+      for (int64_t i = 0; i < rows; i += kBlock) {
+        const int64_t here = std::min(kBlock, rows - i);
+        side.multiply(packed + i / kBlock * side.rows_size(), here, panel, width, z + i * kTile + j, next + kNr * i / rows,
+                      next + kNr * (i + here) / rows);
+      }
+    }
   }
 };
 
-// The gradients, a chunk of rows after another: d = weight (softmax(a) - softmax(b)) cap'(a) takes the place of a tile of a,
-// and d v^T, u^T d and the sum of d over rows are added to what out wants.
+// The gradients, a chunk of rows after another: d = weight (softmax(a) - softmax(b)) cap'(a), a tile at a time, and d v^T,
+// u^T d and the sum of d over rows are added to what out wants.
 class Gradients {
  public:
   Gradients(const Problem& p, int64_t most, const float* weight, const double* lse_a, const double* lse_b,
@@ -156,7 +208,7 @@ class Gradients {
 
   // Of one thread.
   struct Scratch {
-    Buffer v, by_row{kBlock * kTile}, by_column{kBlock * kTile};
+    Buffer v, d{kBlock * kTile}, references{2 * kBlock};
     explicit Scratch(const Gradients& g) : v(round_up(g.rank, kNr) * kTile) {}
   };
 
@@ -187,33 +239,48 @@ class Gradients {
     });
   }
 
-  // The block of `count` rows from `row` of the chunk on.
-  void block(int64_t first, int64_t rows, int64_t row, int64_t count, int64_t column, int64_t columns, float* za, const float* zb,
-             Scratch& scratch) const {
+  // Makes them of the logits of `count` rows, in their place.
+  Exponentials exponentials(int64_t row, int64_t count, float* za, float* zb, Scratch& scratch) const {
+    float *reference_a = scratch.references.get(), *reference_b = reference_a + kBlock;
     for (int64_t i = 0; i < count; ++i) {
-      float* dz = za + i * kTile;
-      const float* b = zb + i * kTile;
-      int64_t at = first + row + i;
-      float high_a = float(lse_a[at]), low_a = float(lse_a[at] - high_a);
-      float high_b = float(lse_b[at]), low_b = float(lse_b[at] - high_b);
-      float factor = weight ? weight[at] * p.a.scale : p.a.scale;
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        vf a = load(dz + j);
-        vf d = exp_nonpositive(a - high_a - low_a) - exp_nonpositive(load(b + j) - high_b - low_b);
-        if (p.a.softcap > 0) d *= 1.0f - (a / p.a.softcap) * (a / p.a.softcap);
-        store(dz + j, d * factor);
+      reference_a[i] = float(lse_a[row + i]), reference_b[i] = float(lse_b[row + i]);
+      for (int64_t j = i * kTile; j < (i + 1) * kTile; j += kLanes) {
+        vf a = load(za + j), slope = splat(1);
+        if (p.a.softcap > 0) slope -= (a / p.a.softcap) * (a / p.a.softcap);
+        store(za + j, exp_nonpositive(a - reference_a[i]) * slope);
+        store(zb + j, exp_nonpositive(load(zb + j) - reference_b[i]) * slope);
       }
-      for (int64_t j = 0; out.c && j < columns; ++j) out.c[column + j] += dz[j];
     }
-    if (out.u) {
-      pack<kMr>(Operand<float>{za, kTile, 1}, count, columns, scratch.by_row.get());
-      multiply_panels(scratch.by_row.get(), count, scratch.v.get(), rank, columns, mine(rows) + row * rank, rank, true);
+    return {za, zb, reference_a, reference_b};
+  }
+
+  // The block of `count` rows from `row` of the chunk on.
+  void block(int64_t first, int64_t rows, int64_t row, int64_t count, int64_t column, int64_t columns, Exponentials e,
+             Scratch& scratch) const {
+    float factor_a[kBlock + kLanes], factor_b[kBlock + kLanes], *d = scratch.d.get();
+    for (int64_t i = 0; i < count; ++i) {
+      factor_a[i] = float(e.reference_a[i] - lse_a[first + row + i]);
+      factor_b[i] = float(e.reference_b[i] - lse_b[first + row + i]);
     }
-    if (out.v) {
-      pack<kNr>(Operand<float>{za, 1, kTile}, columns, count, scratch.by_column.get());
-      multiply_panels(packed_u.get() + row / kBlock * packed_rank, rank, scratch.by_column.get(), columns, count, out.v + column,
-                      p.vocabulary, true);
-    }
+    for (float* factor : {factor_a, factor_b})
+      for (int64_t i = 0; i < count; i += kLanes) {
+        vf scaled = exp_nonpositive(load(factor + i)) * p.a.scale;
+        if (weight) scaled *= load_line(weight + first + row + i, 1, count - i);
+        store(factor + i, scaled);
+      }
+    vf totals[kTile / kLanes] = {};
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < kTile; j += kLanes) {
+        vf each = load(e.a + i * kTile + j) * factor_a[i] - load(e.b + i * kTile + j) * factor_b[i];
+        store(d + i * kTile + j, each);
+        totals[j / kLanes] += each;
+      }
+    for (int64_t j = 0; out.c && j < columns; ++j) out.c[column + j] += totals[j / kLanes][j % kLanes];
+    if (out.u)
+      multiply_views(WholeRows<kTile>{d}, count, Packed<kNr>{scratch.v.get(), columns}, rank, columns, mine(rows) + row * rank, rank, true);
+    if (out.v)
+      multiply_views(Packed<kMr>{packed_u.get() + row / kBlock * packed_rank, count}, rank, WholeColumns{d, kTile}, columns, count,
+                      out.v + column, p.vocabulary, true);
   }
 
  private:
@@ -236,6 +303,11 @@ void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGr
   const int64_t most = std::min(kept ? room.rows : kRowChunk, p.n), blocks = ceil_div(most, kBlock);
   Buffer packed_a(blocks * p.a.rows_size()), packed_b(blocks * p.b.rows_size());
   std::vector<State> states(p.threads * most);
+  Buffer references(kept ? p.tiles * 2 * most : 0);
+  auto exponentials = [&](int64_t t, int64_t rows, int64_t i) {  // of a chunk's rows from i on
+    float *a = kept + (2 * t * rows + i) * kTile, *reference = references.get() + 2 * t * rows + i;
+    return Exponentials{a, a + rows * kTile, reference, reference + rows};
+  };
   const Gradients gradients(p, kept ? most : 0, nullptr, out.lse_a, out.lse_b, grads);
 #pragma omp parallel num_threads(p.threads)
   for (int64_t first = 0; first < p.n; first += most) {
@@ -243,10 +315,13 @@ void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGr
     State* mine = states.data() + omp_get_thread_num() * rows;
     std::fill_n(mine, rows, State());
     p.pack_rows(first, rows, packed_a.get(), packed_b.get());
-    p.walk(first, rows, packed_a.get(), packed_b.get(), kept, [](int64_t, int64_t) {},
-           [&](int64_t row, int64_t count, int64_t column, int64_t, const float* za, const float* zb) {
-             for (int64_t i = 0; i < count; ++i) fold(za + i * kTile, zb + i * kTile, column, mine[row + i]);
-           });
+    p.walk(first, rows, packed_a.get(), packed_b.get(), [&](int64_t t, int64_t column, int64_t, const float* za, const float* zb) {
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, rows - i);
+        if (kept) fold<true>(za + i * kTile, zb + i * kTile, count, column, p.a.softcap, mine + i, exponentials(t, rows, i));
+        else fold<false>(za + i * kTile, zb + i * kTile, count, column, 0, mine + i, {});
+      }
+    });
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < rows; ++i) {
@@ -262,10 +337,9 @@ void linear_kl(const LinearKL& args, const LinearKLResult& out, const LinearKLGr
     Gradients::Scratch scratch(gradients);
     gradients.begin(first, rows);
     p.each_tile([&](int64_t t, int64_t column, int64_t columns) {
-      float* za = kept + 2 * t * rows * kTile;
       gradients.tile(column, columns, scratch);
       for (int64_t i = 0; i < rows; i += kBlock)
-        gradients.block(first, rows, i, std::min(kBlock, rows - i), column, columns, za + i * kTile, za + (rows + i) * kTile, scratch);
+        gradients.block(first, rows, i, std::min(kBlock, rows - i), column, columns, exponentials(t, rows, i), scratch);
     });
     gradients.finish(first, rows);
   }
@@ -283,11 +357,13 @@ void linear_kl_backward(const LinearKL& args, const float* grad, const double* l
     Gradients::Scratch scratch(gradients);
     gradients.begin(first, rows);
     p.pack_rows(first, rows, packed_a.get(), packed_b.get());
-    p.walk(first, rows, packed_a.get(), packed_b.get(), nullptr,
-           [&](int64_t column, int64_t columns) { gradients.tile(column, columns, scratch); },
-           [&](int64_t row, int64_t count, int64_t column, int64_t columns, float* za, const float* zb) {
-             gradients.block(first, rows, row, count, column, columns, za, zb, scratch);
-           });
+    p.walk(first, rows, packed_a.get(), packed_b.get(), [&](int64_t, int64_t column, int64_t columns, float* za, float* zb) {
+      gradients.tile(column, columns, scratch);
+      for (int64_t i = 0; i < rows; i += kBlock) {
+        const int64_t count = std::min(kBlock, rows - i);
+        gradients.block(first, rows, i, count, column, columns, gradients.exponentials(first + i, count, za + i * kTile, zb + i * kTile, scratch), scratch);
+      }
+    });
     gradients.finish(first, rows);
   }
 }

@@ -11,9 +11,10 @@
 namespace chassis {
 namespace CHASSIS_ISA {
 
-constexpr int64_t kTile = 128;              // columns: a tile of both heads, packed and to be packed, stays near
+constexpr int64_t kTile = 128;              // columns
 constexpr int64_t kBlock = 96 / kMr * kMr;  // rows
 constexpr int64_t kSum = 128;               // additions per running sum: longer ones lose digits
+constexpr int64_t kPairSum = 1024;          // the same for pairs of bf16, which have fewer to lose
 static_assert(kTile % kNr == 0, "panels must be whole");
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -33,16 +34,15 @@ struct Product {
   void pack_right(int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) const {
     pack_operand<kNr>(right, column, columns, k, depth, across ? 1 : right.stride, across ? right.stride : 1, out);
   }
-  // A tile of the registers after another. Meanwhile the next columns, from `next` on, are fetched for these depth steps.
-  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t k, int64_t depth, float* out, bool accumulate,
-                int64_t next) const {
-    const int64_t steps = way.steps(depth), lines = round_up(rows, kMr);
-    for (int64_t j = 0; j < columns; j += kNr)
-      for (int64_t i = 0; i < rows; i += kMr) {
-        if (!across) fetch(next + j + kNr * i / lines, next + j + kNr * (i + kMr) / lines, k, depth);
-        way.multiply(a + i * steps, std::min<int64_t>(kMr, rows - i), b + j * steps, std::min<int64_t>(kNr, columns - j), depth,
-                     out + i * kTile + j, kTile, accumulate);
-      }
+  // out [rows, kNr] (+)= a packed panel of `columns` columns; meanwhile rows [next, end) of `right` are fetched for these steps.
+  void multiply(const float* a, int64_t rows, const float* b, int64_t columns, int64_t k, int64_t depth, float* out,
+                bool accumulate, int64_t next, int64_t end) const {
+    const int64_t steps = way.steps(depth);
+    for (int64_t i = 0; i < rows; i += kMr) {
+      const int64_t here = std::min<int64_t>(kMr, rows - i);
+      if (!across) fetch(next + (end - next) * i / rows, next + (end - next) * (i + here) / rows, k, depth);
+      way.multiply(a + i * steps, here, b, columns, depth, out + i * kTile, kTile, accumulate);
+    }
   }
 
  private:
@@ -83,30 +83,28 @@ class Side {
   const float softcap, scale;
   int64_t depth = 0;
 
-  int64_t rows_size() const { return kBlock * depth; }  // floats for a packed block of rows, and for a tile of columns
-  int64_t tile_size() const { return kTile * depth; }
+  int64_t rows_size() const { return kBlock * depth; }  // floats for a packed block of rows, and for a panel of columns
+  int64_t panel_size() const { return kNr * depth; }
 
   void pack_rows(int64_t row, int64_t rows, float* out) const {
     each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) { p.pack_left(row, rows, k, steps, out + at * kBlock); });
   }
-  // A panel at a time through all of its depth, so that the rows of a head stream.
-  void pack_tile(int64_t column, int64_t columns, float* out) const {
-    for (int64_t j = 0; j < columns; j += kNr)
-      each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
-        p.pack_right(column + j, std::min<int64_t>(kNr, columns - j), k, steps, out + at * kTile + j * p.way.steps(steps));
-      });
+  void pack_panel(int64_t column, int64_t columns, float* out) const {
+    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
+      p.pack_right(column, columns, k, steps, out + at * kNr);
+    });
+  }
+  // z [rows, columns] (row stride kTile) = the products of a packed block and a packed panel; rows [next, end) of the head are
+  // fetched meanwhile.
+  void multiply(const float* block, int64_t rows, const float* panel, int64_t columns, float* z, int64_t next, int64_t end) const {
+    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
+      p.multiply(block + at * kBlock, rows, panel + at * kNr, columns, k, steps, z, at > 0, next, end);
+    });
   }
 
-  // z [rows, kTile] = the logits of a packed block and a packed tile, -inf beyond its columns; `next` is the column of the tile
-  // that is packed next, for the last block alone.
-  void logits(const float* block, int64_t row, int64_t rows, const float* tile, int64_t column, int64_t columns, float* z,
-              int64_t next) const {
-    bool first = true;
-    each_depth([&](const Product& p, int64_t k, int64_t steps, int64_t at) {
-      p.multiply(block + at * kBlock, rows, tile + at * kTile, columns, k, steps, z, !first, next);
-      first = false;
-    });
-    if (first) std::fill_n(z, rows * kTile, 0.0f);
+  // z [rows, kTile]: makes logits of a tile of products, -inf beyond its columns.
+  void finish(int64_t row, int64_t rows, int64_t column, int64_t columns, float* z) const {
+    if (depth == 0) std::fill_n(z, rows * kTile, 0.0f);
     if (!given.data && shift.empty() && scale == 1 && softcap == 0 && columns == kTile) return;
     for (int64_t i = 0; i < rows; ++i, z += kTile) {
       if (given.data)
@@ -134,7 +132,7 @@ class Side {
     int64_t at = 0;
     for (const Product& product : products)
       for (int64_t k = 0, steps; k < product.left.cols; k += steps, at += steps) {
-        steps = std::min(product.way.pairs ? 2 * kSum : kSum, product.left.cols - k);
+        steps = std::min(product.way.pairs ? 2 * kPairSum : kSum, product.left.cols - k);
         f(product, k, steps, at);
       }
   }

@@ -252,7 +252,7 @@ void run(const Job& job, int64_t depth, double merge, double total) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t s = 0; s < count; s += 8) __builtin_prefetch(p.out + (i + r) * columns + j + s, 1);
       for (int64_t k = 0; k < depth; k += kDot)
-        micro_kernel(p.a->left + i * depth + k * kMr, p.b->right + j * depth + k * kNr, std::min(kDot, depth - k), tile,
+        micro_kernel(p.a->left + i * depth + k * kMr, p.b->right + j * depth + k * kNr, kNr, std::min(kDot, depth - k), tile,
                      kNr, k > 0);
       for (int64_t r = 0; r < rows; ++r) {
         double* out = p.out + (i + r) * columns + j;

@@ -23,6 +23,7 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef double vd __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 
@@ -31,7 +32,9 @@ struct fp16 { uint16_t bits; };
 
 inline vf splat(float x) { return x - vf{}; }
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline vd load(const double* p) { vd v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, vd v) { std::memcpy(p, &v, sizeof v); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -107,6 +110,7 @@ inline void store(T* p, vf v) {
 }
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf add(vf a, vf b) { return a + b; }
 
 // v with the lanes `step` further on in their places, around the end.
 template <int step, size_t... i>
@@ -124,7 +128,7 @@ inline float reduce(vf v, F f) {
   if constexpr (step > 1) return reduce<step / 2>(v, f);
   else return v[0];
 }
-inline float sum(vf v) { return reduce(v, [](vf a, vf b) { return a + b; }); }
+inline float sum(vf v) { return reduce(v, add); }
 inline float max(vf v) { return reduce(v, vmax); }
 
 // exp(x) for x <= 0 to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r, scaled by 2^n through the

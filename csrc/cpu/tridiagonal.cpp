@@ -70,22 +70,22 @@ class Reflectors {
     for (int64_t k = 0; k < n; k += kDepth)
       for (int64_t i = 0; i < lines; i += kMr)
         for (int64_t p = 0; p < kPanels; ++p)
-          multiply_add(by_reflector(b) + i * n + k * kMr, panels + (p * padded() + first(b) + k) * kWide, std::min(kDepth, n - k),
-                       product + (p * lines + i) * kWide, kWide, 1);
+          micro_kernel(by_reflector(b) + i * n + k * kMr, panels + (p * padded() + first(b) + k) * kWide, kWide,
+                       std::min(kDepth, n - k), product + (p * lines + i) * kWide, kWide, true);
     const double* F = factors + b * each * each;
     for (int64_t p = 0; p < kPanels; ++p)
       for (int64_t i = 0; i < each; ++i) {  // F is upper triangular
         vd sum[2] = {};
         for (int64_t k = transposed ? 0 : i; k < (transposed ? i + 1 : each); ++k) {
           const double factor = transposed ? F[k * each + i] : F[i * each + k];
-          for (int j = 0; j < 2; ++j) sum[j] += factor * load64(product + (p * lines + k) * kWide + j * kHalf);
+          for (int j = 0; j < 2; ++j) sum[j] += factor * load(product + (p * lines + k) * kWide + j * kHalf);
         }
-        for (int j = 0; j < 2; ++j) store64(turned + (p * lines + i) * kWide + j * kHalf, sum[j]);
+        for (int j = 0; j < 2; ++j) store(turned + (p * lines + i) * kWide + j * kHalf, sum[j]);
       }
     for (int64_t x = 0; x < n; x += kMr)
       for (int64_t p = 0; p < kPanels; ++p)
-        multiply_add(by_coordinate(b) + x * each, turned + p * lines * kWide, each, panels + (p * padded() + first(b) + x) * kWide,
-                     kWide, -1);
+        micro_kernel(by_coordinate(b) + x * each, turned + p * lines * kWide, kWide, each,
+                     panels + (p * padded() + first(b) + x) * kWide, kWide, true, -1.0);
   }
 };
 
@@ -139,17 +139,17 @@ void forms(const double* r, const Pivots& f, int64_t n, double* y, double* dots,
   vd at[2] = {}, dot[2] = {}, square[2] = {};
   for (int64_t i = 0; i < n; ++i)
     for (int j = 0; j < 2; ++j) {
-      at[j] = load64(r + i * kWide + j * kHalf) - (i ? f.lower[i - 1] : 0) * at[j];
+      at[j] = load(r + i * kWide + j * kHalf) - (i ? f.lower[i - 1] : 0) * at[j];
       dot[j] += at[j] * at[j] * f.inverse[i];
-      store64(y + i * kWide + j * kHalf, at[j]);
+      store(y + i * kWide + j * kHalf, at[j]);
     }
   at[0] = at[1] = vd{};
   for (int64_t i = n - 1; i >= 0; --i)
     for (int j = 0; j < 2; ++j) {
-      at[j] = load64(y + i * kWide + j * kHalf) * f.inverse[i] - f.lower[i] * at[j];
+      at[j] = load(y + i * kWide + j * kHalf) * f.inverse[i] - f.lower[i] * at[j];
       square[j] += at[j] * at[j];
     }
-  for (int j = 0; j < 2; ++j) store64(dots + j * kHalf, dot[j]), store64(squares + j * kHalf, square[j]);
+  for (int j = 0; j < 2; ++j) store(dots + j * kHalf, dot[j]), store(squares + j * kHalf, square[j]);
 }
 
 // r = (T + alpha_j)^-1 r_j for the columns of a panel, in place; `inverse` and `lower` have room for a panel.
@@ -157,22 +157,22 @@ void solve(double* r, const double* diagonal, const double* off, const double* a
   for (int64_t i = 0; i < n; ++i)
     for (int j = 0; j < kWide; j += kHalf) {
       double *at = r + i * kWide + j, *l = lower + i * kWide + j;
-      vd pivot = diagonal[i] + load64(alphas + j), y = load64(at);
+      vd pivot = diagonal[i] + load(alphas + j), y = load(at);
       if (i) {
-        vd before = load64(l - kWide);
+        vd before = load(l - kWide);
         pivot -= before * off[i - 1];
-        y -= before * load64(at - kWide);
+        y -= before * load(at - kWide);
       }
-      store64(at, y);
-      store64(inverse + i * kWide + j, 1 / pivot);
-      store64(l, i + 1 < n ? off[i] / pivot : vd{});
+      store(at, y);
+      store(inverse + i * kWide + j, 1 / pivot);
+      store(l, i + 1 < n ? off[i] / pivot : vd{});
     }
   for (int64_t i = n - 1; i >= 0; --i)
     for (int j = 0; j < kWide; j += kHalf) {
       double* at = r + i * kWide + j;
-      vd w = load64(at) * load64(inverse + i * kWide + j);
-      if (i + 1 < n) w -= load64(lower + i * kWide + j) * load64(at + kWide);
-      store64(at, w);
+      vd w = load(at) * load(inverse + i * kWide + j);
+      if (i + 1 < n) w -= load(lower + i * kWide + j) * load(at + kWide);
+      store(at, w);
     }
 }
 

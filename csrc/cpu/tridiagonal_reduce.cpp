@@ -176,14 +176,14 @@ class Reduction {
     int64_t c = r + kRows;
     vd wide[kRows] = {};
     for (; c + kHalf <= n; c += kHalf) {
-      vd at = load64(v + c), to = load64(y + c);
+      vd at = load(v + c), to = load(y + c);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kRows; ++i) {
-        vd s = load64(a[i] + c);
+        vd s = load(a[i] + c);
         wide[i] += s * at;
         to += s * v[r + i];
       }
-      store64(y + c, to);
+      store(y + c, to);
     }
     for (; c < n; ++c) column(c, kRows);
     for (int64_t i = 0; i < kRows; ++i) y[r + i] += sum[i] + sum64(wide[i]);
@@ -209,11 +209,11 @@ class Reduction {
       for (int64_t c = from + (r - from) / kWide * kWide; c < n; c += kWide) {
         const double* packed = right.data() + (c - from) * depth;
         if (here == kMr && c + kWide <= n) {
-          multiply_add(left, packed, depth, row(r) + c, ld, -1);
+          micro_kernel(left, packed, kWide, depth, row(r) + c, ld, true, -1.0);
           continue;
         }
         double tile[kMr * kWide] = {};
-        multiply_add(left, packed, depth, tile, kWide, -1);
+        micro_kernel(left, packed, kWide, depth, tile, kWide, true, -1.0);
         for (int64_t i = 0; i < here; ++i)
           for (int64_t j = 0; j < std::min<int64_t>(kWide, n - c); ++j) row(r + i)[c + j] += tile[i * kWide + j];
       }
