@@ -100,6 +100,8 @@ class Op:
         """
         if torch.compiler.is_compiling() or not _unwatched() or _C is None or _override.get() not in _CPU:
             return False
+        if any([t is not None and t.is_neg() for t in args]):
+            return False
         taken = getattr(_C, self.name)(*args)
         self.calls["cpu"] += taken
         return taken
@@ -155,12 +157,17 @@ def no_second_derivative(op: str, instead: str) -> None:
 
 
 def _plain(args: tuple) -> bool:
-    """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles."""
+    """Whether these are ordinary tensors without gradients that nobody traces, transforms or profiles.
+
+    torch's dispatcher writes out what a tensor only stands for: x.conj().imag holds the values of x.imag and a sign.
+    """
     if torch.compiler.is_compiling() or not _unwatched():
         return False
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-    return not grad and _ORDINARY.issuperset(map(type, tensors))
+    tensors += [t for arg in args if isinstance(arg, list) for t in arg if isinstance(t, torch.Tensor)]
+    if not _ORDINARY.issuperset(map(type, tensors)) or any([t.is_neg() for t in tensors]):
+        return False
+    return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 
 
 def ordinary(tensors: Iterable[torch.Tensor]) -> bool:

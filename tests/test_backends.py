@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from chassis_kernels import BackendError, backends, capabilities, use_backend
 
@@ -79,6 +80,30 @@ def test_capabilities_report_every_op_and_leave_no_override_behind():
         assert row["executed"] == (row["note"] == ""), row
         assert row["executed"] or row["backend"] != ("cpu" if backends._C else "reference"), row
     assert run("linear_kl") == ["cpu" if backends._C else "reference"]
+
+
+@pytest.mark.parametrize("name", sorted(set(backends.OPS) - {"tridiagonal_reduce_"}))
+def test_a_tensor_that_stands_for_its_negative_is_taken_for_it(name):
+    """The imaginary part of a conjugate is a view of the values with a sign that is not written out.
+
+    torch itself refuses such a tensor where an op writes to it.
+    """
+    op = backends.OPS[name]
+    written = [a.alias_info is not None for a in getattr(torch.ops.chassis, name).default._schema.arguments]
+    plain, given = op.example("cpu"), op.example("cpu")
+    given = [arg if kept else tree_map(negated, arg) for arg, kept in zip(given, written, strict=True)]
+    assert any(isinstance(t, torch.Tensor) and t.is_neg() for t in tree_leaves(given))
+    found, expected = tree_leaves((op(*given), given)), tree_leaves((op(*plain), plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def negated(value):
+    """A floating tensor as a contiguous view of its negative with the sign to come; else the value."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return torch._neg_view(-value)
+    return value
+
 
 
 WITHOUT_EXTENSION = """

@@ -38,6 +38,13 @@ def test_tensors_that_lie_otherwise_are_copied_first(name):
     torch.testing.assert_close(delta_logits_(*moved, **options).double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_the_sign_of_a_negative_view_is_not_lost():
+    arguments, options = problem()
+    want = truth(arguments, options)
+    views = (torch._neg_view(-t) for t in arguments[1:])
+    torch.testing.assert_close(delta_logits_(arguments[0], *views, **options).double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(50,), (1, 50), (6, 50), (2, 3, 50), (2, 1, 3, 1, 50)])
 def test_leading_dimensions_merge(shape):
     arguments, options = problem(torch.Size(shape[:-1]).numel())
