@@ -19,7 +19,7 @@ from chassis.probes import Window, pad
 from chassis.text.corpus import Document
 
 PLANS = 4096  # texts whose plans are kept, at most: refinement comes back to them
-CELLS = 4_000_000  # logits of the expert at hand at once
+CELLS = 16_000_000  # logits of the expert at hand at once
 
 
 class BridgedExpert:

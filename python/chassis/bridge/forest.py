@@ -19,15 +19,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from chassis.bridge.packed import PackedStates, packs
 from chassis.bridge.plan import Plan, Tree
-from chassis.bridge.states import masked, padded, tree_logits
+from chassis.bridge.states import tree_logits
 from chassis.bridge.stretches import starts
-from chassis.models import final_states, inspect_head
+from chassis.models import inspect_head
+from chassis_kernels import pages
 
 LONGEST = 4096  # states of a tree of which every level is one pass
-TILE = 64  # rows of logits that stay in the cache while they are summed
+TILE = 128  # rows of logits that stay in the cache while they are summed
 
 
 class Read(NamedTuple):
@@ -44,14 +45,16 @@ class Reader:
 
     def __init__(self, model: nn.Module, start: int, lengths: np.ndarray) -> None:
         self.model, self.start, self.lengths, self.head = model, start, lengths, inspect_head(model)
+        self.packs = packs(model)
 
     @torch.no_grad()
     def read(self, plans: Sequence[Plan], share: float = 0.0) -> Read:
-        """The states of several plans, those below 0 <= `share` < 1 left out.
+        """The states of several plans, those below 0 <= `share` < 1 left out. Of trees above LONGEST, and for models that do
+        not read several texts packed (`packed.packs`), all states are read, a tree at a time.
 
-        Raises ModelError for models that do not take a mask of which token attends to which.
+        Raises ModelError for models that do not take a mask of which token attends to which either.
         """
-        if max(len(plan.tree) for plan in plans) > LONGEST:
+        if not self.packs or max(len(plan.tree) for plan in plans) > LONGEST:
             logits = torch.cat([tree_logits(self.model, plan.tree, self.start) for plan in plans])
             return Read(Plan.join(plans), logits, torch.cat([part.float().logsumexp(1) for part in logits.split(TILE)]))
         forest = _Forest(self, plans)
@@ -64,21 +67,24 @@ class Reader:
 
 
 class _Forest:
-    """The nodes [N] of all trees. `rank`: how far a node is from its trunk. Those that are read stand in the model's cache,
-    a text a row, each at its `slot`; their logits have the numbers `row`."""
+    """The nodes [N] of all trees. `rank`: how far a node is from its trunk. Those that are read are numbered as they come,
+    `row` among all and `slot` among those of their text."""
 
     def __init__(self, expert: Reader, plans: Sequence[Plan]) -> None:
         self.expert, self.plans, self.plan = expert, plans, Plan.join(plans)
-        self.weight, self.cache = expert.head.weight, DynamicCache(config=expert.model.config)
-        sizes = np.array([len(plan.tree) for plan in plans])
-        self.first = starts(sizes)[:-1]
-        self.text = np.repeat(np.arange(len(plans)), sizes)
-        self.slot = np.arange(len(self.text)) - self.first[self.text]
+        self.sizes, weight = np.array([len(plan.tree) for plan in plans]), expert.head.weight
+        n = int(self.sizes.sum())
+        self.first, self.text = starts(self.sizes)[:-1], np.repeat(np.arange(len(plans)), self.sizes)
+        self.row, self.slot = np.full(n, -1), np.arange(n) - self.first[self.text]
         self.rank = self._ranks(self.slot <= np.array([plan.tree.n_trunk for plan in plans])[self.text])
-        self.row = np.full(len(self.text), -1)
-        self.n_read = self.width = 0  # nodes with logits; columns of the cache
-        self.logits = self.weight.new_empty(len(self.text), len(self.weight))
-        self.log_sums = torch.empty(len(self.text), device=self.weight.device)
+        self.read_of = np.zeros(len(plans), dtype=np.int64)  # how many nodes of each text have been read
+        self.states = PackedStates(expert.model, len(plans), int(self.sizes.max()))
+        self.logits = pages.empty((n, len(weight)), weight.dtype) if weight.device.type == "cpu" else weight.new_empty(n, len(weight))
+        self.log_sums = torch.empty(n, device=weight.device)
+
+    @property
+    def n_read(self) -> int:
+        return int(self.read_of.sum())
 
     def _ranks(self, trunk: np.ndarray) -> np.ndarray:
         rank, above = np.zeros(len(trunk), dtype=np.int64), np.arange(len(trunk))
@@ -91,38 +97,27 @@ class _Forest:
         """One pass over `nodes`, in order; those above them have been read."""
         if not len(nodes):
             return
-        tree, text = self.plan.tree, self.text[nodes]
+        tree, text, n_read = self.plan.tree, self.text[nodes], self.n_read
         counts = np.bincount(text, minlength=len(self.plans))
-        place = np.arange(len(nodes)) - starts(counts)[text]
-        ids, depth = (padded(np.split(x[nodes], counts.cumsum()[:-1])) for x in (tree.tokens, tree.depth))
-        model, ids = self.expert.model, ids.where(ids >= 0, self.expert.start).to(self.weight.device)
-        if self.width:
-            self.slot[nodes] = self.width + place
-            mask, depth = self._mask(nodes, place), depth.to(self.weight.device)
-            hidden = final_states(model, lambda: masked(model, ids, mask, depth, self.cache))
-        else:
-            hidden = final_states(model, lambda: model(input_ids=ids, past_key_values=self.cache, use_cache=True))
-        self.width += ids.shape[1]
-        rows = slice(self.n_read, self.n_read + len(nodes))
+        rows = slice(n_read, n_read + len(nodes))
         self.row[nodes] = np.arange(rows.start, rows.stop)
-        self.n_read = rows.stop
-        hidden = hidden[torch.from_numpy(text), torch.from_numpy(place)]
+        self.slot[nodes] = (self.read_of - starts(counts)[:-1])[text] + np.arange(len(nodes))
+        self.read_of += counts
+        attends = self._attends(nodes) if n_read else None
+        ids, depth = torch.from_numpy(tree.tokens[nodes]), torch.from_numpy(tree.depth[nodes])
+        hidden = self.states.run(ids.where(ids >= 0, self.expert.start), depth, torch.from_numpy(counts), attends)
         tiles = (tensor[rows].split(TILE) for tensor in (self.logits, self.log_sums))
         for states, logits, log_sums in zip(hidden.split(TILE), *tiles, strict=True):
             torch.logsumexp(logits.copy_(self.expert.head.logits(states)).float(), 1, out=log_sums)
 
-    def _mask(self, nodes: np.ndarray, place: np.ndarray) -> Tensor:
-        """0 where a node attends, to its own path alone; [texts, 1, most nodes, cache and these]."""
-        text, above, n = self.text[nodes], nodes, int(place.max()) + 1
-        attends = np.zeros((len(self.plans), n, self.width + n), dtype=bool)
+    def _attends(self, nodes: np.ndarray) -> Tensor:
+        """Where each of `nodes` [n] attends, to its own path alone: [n, most nodes of a text]."""
+        attends, above = np.zeros((len(nodes), int(self.read_of.max())), dtype=bool), nodes
         while (branch := self.rank[above] > 0).any():
-            attends[text[branch], place[branch], self.slot[above[branch]]] = True
+            attends[branch, self.slot[above[branch]]] = True
             above = np.where(branch, self.plan.tree.parent[above], above)
-        longest = max(plan.tree.n_trunk for plan in self.plans) + 1
-        attends[text, place, :longest] = np.arange(longest) <= self.slot[above][:, None]
-        mask = torch.zeros(attends.shape, dtype=self.weight.dtype)
-        mask.masked_fill_(torch.from_numpy(~attends), torch.finfo(mask.dtype).min)
-        return mask[:, None].to(self.weight.device)
+        attends |= np.arange(attends.shape[1]) <= self.slot[above][:, None]  # a trunk came in first
+        return torch.from_numpy(attends)
 
     def read_likely(self, share: float) -> None:
         """The branches that have the share: of a level all at once, by what is known of their paths by then."""
