@@ -123,8 +123,9 @@ def test_joins_are_those_of_taking_both_tokens_apart():
                 y, limit = merges.left[y], merges.rank[y] + 1
 
     compound = np.flatnonzero(merges.left >= 0)
-    for previous in [*compound[::40].tolist(), *merges.left[compound][:5].tolist()]:
-        assert merges.would_join(previous).tolist() == [join(previous, b) for b in range(merges.n)]
+    tried = np.concatenate([compound[::40], merges.left[compound][:5]])
+    for previous, found in zip(tried.tolist(), merges.would_join(tried), strict=True):
+        assert found.tolist() == [join(previous, b) for b in range(merges.n)]
 
 
 @pytest.mark.slow

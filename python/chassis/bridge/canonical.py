@@ -45,6 +45,7 @@ class CanonicalMask:
         self._merges = Merges.read(tokens) if by_merges else None
         self._pretokens = PreTokens(tokens, self.texts) if self._merges and splits is None else None
         self._known: dict[int, np.ndarray] = {}  # packed: most tokens are blocked after most tokens
+        self._step = max(1, CELLS // tokens.width)
 
     def find_splits(self) -> Splits | None:
         """Ask the pre-tokenizer about all tokens, not only those that come; None for models that are asked by encoding."""
@@ -58,16 +59,16 @@ class CanonicalMask:
 
     def rows(self, previous: Sequence[int]) -> np.ndarray:
         """Whether each token cannot follow each of `previous` [n], bool [n, V]."""
-        for index in previous:
-            if index not in self._known:
-                self._known[index] = np.packbits(self._blocked(index) & self.tokens.is_text)
+        missing, step = [index for index in dict.fromkeys(previous) if index not in self._known], self._step
+        for asked in (missing[i : i + step] for i in range(0, len(missing), step)):
+            self._known.update(zip(asked, np.packbits(self._blocked(asked) & self.tokens.is_text, axis=1), strict=True))
         packed = np.array([self._known[index] for index in previous])
         return np.unpackbits(packed, axis=1, count=self.tokens.width).view(bool)
 
     def lists(self, previous: Sequence[int]) -> tuple[BlockedTokens, torch.Tensor]:
         """Blocked lists of the tokens in `previous` and which of them each has, [n] int64; -1 (nothing before): none."""
         needed = {index: place for place, index in enumerate(dict.fromkeys(p for p in previous if p >= 0))}
-        asked, step = list(needed), max(1, CELLS // self.tokens.width)
+        asked, step = list(needed), self._step
         sizes, parts = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
         for begin in range(0, len(asked), step):
             blocked = self.rows(asked[begin : begin + step])
@@ -77,21 +78,30 @@ class CanonicalMask:
         places = torch.tensor([needed.get(index, -1) for index in previous], dtype=torch.int64)
         return BlockedTokens(torch.from_numpy(start), torch.from_numpy(tokens), self.tokens.width), places
 
-    def _blocked(self, previous: int) -> np.ndarray:
-        data = self.tokens.bytes[previous]
-        if not self.tokens.is_text[previous]:
-            return np.zeros(self.tokens.width, dtype=bool)
-        broken_off = _broken_off(data)
-        if broken_off is not False:
-            # Inside a character: its next byte must follow; None: the token tells not whether the character is complete.
-            return ~self._inside if broken_off else np.zeros(self.tokens.width, dtype=bool)
-        if self.texts[previous] is None:
-            return self._inside
-        blocked = self._inside | (self.whole & ~self.alone)
+    def _blocked(self, previous: Sequence[int]) -> np.ndarray:
+        blocked, ordinary = np.zeros((len(previous), self.tokens.width), dtype=bool), []
+        for row, index in enumerate(previous):
+            broken_off = _broken_off(self.tokens.bytes[index]) if self.tokens.is_text[index] else None
+            if broken_off:  # inside a character: its next byte must follow
+                blocked[row] = ~self._inside
+            elif broken_off is not None and self.texts[index] is None:
+                blocked[row] = self._inside
+            elif broken_off is not None:  # None: the token tells not whether the character is complete
+                ordinary.append(row)
+        asked = np.array([previous[row] for row in ordinary], dtype=np.int64)
+        if len(asked):
+            blocked[ordinary] = self._inside | (self.whole & ~self.alone) | self._apart(asked)
+        return blocked
+
+    def _apart(self, previous: np.ndarray) -> np.ndarray:
+        """Whole tokens that do not come about after `previous` [n]."""
         if self._merges is None:
-            return blocked | self._by_encoding(previous)
-        split, joined = (self.splits or self._pretokens).after(previous)
-        return blocked | (self.whole & ~split & (~joined | self._merges.would_join(previous)))
+            return np.array([self._by_encoding(index) for index in previous.tolist()])
+        if self.splits is None:
+            split, joined = map(np.array, zip(*map(self._pretokens.after, previous.tolist()), strict=True))
+        else:
+            split, joined = self.splits.after(previous)
+        return self.whole & ~split & (~joined | self._merges.would_join(previous))
 
     def _by_encoding(self, previous: int) -> np.ndarray:
         """The definition: encode every pair, with every following character."""

@@ -56,20 +56,22 @@ class Merges:
         ordered = (merges.rank[merges.left[compound]] < ranks) & (merges.rank[merges.right[compound]] < ranks)
         return merges if ordered.all() else None
 
-    def would_join(self, previous: int) -> np.ndarray:
-        """[V] bool: tokens b for which BPE, given the pieces of `previous` and b in one word, does not end in the two."""
-        direct, through = np.zeros(self.n, dtype=bool), np.zeros(self.n, dtype=bool)
-        x, before = previous, NEVER  # the rank of x_{i-1}
-        while x >= 0:
-            merges = slice(self._partners[x], self._partners[x + 1])
+    def would_join(self, previous: np.ndarray) -> np.ndarray:
+        """[n, V] bool: tokens b for which BPE, given the pieces of `previous` [n] and b in one word, does not end in the two."""
+        direct, through = np.zeros((2, self.n, len(previous)), dtype=bool)
+        x, which, before = previous, np.arange(len(previous)), np.full(len(previous), NEVER)  # the rank of x_{i-1}
+        while len(x):
+            merges, of = ranges(self._partners, x)
             y, rank = self._partner[merges], self._pair_rank[merges]
-            meet = (rank < before) & (self.rank[y] < before)
-            y, rank = y[meet], rank[meet]
-            direct[y] = True
-            places, of = ranges(self._children, y)
+            meet = (rank < before[of]) & (self.rank[y] < before[of])
+            y, rank, of = y[meet], rank[meet], of[meet]
+            direct[y, which[of]] = True
+            places, at = ranges(self._children, y)
             above = self._child[places]
-            through[above[self.rank[above] >= np.maximum(rank[of], self.rank[x])]] = True
+            later = self.rank[above] >= np.maximum(rank, self.rank[x][of])[at]
+            through[above[later], which[of[at[later]]]] = True
             x, before = self.right[x], self.rank[x]
+            x, which, before = x[x >= 0], which[x >= 0], before[x >= 0]
         for tokens, left in self._levels:
             through[tokens] |= through[left]
-        return direct | through
+        return (direct | through).T

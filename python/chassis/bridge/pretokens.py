@@ -36,8 +36,8 @@ class Splits(NamedTuple):
     split: np.ndarray  # [states, V] bool
     joined: np.ndarray  # [states, V] bool
 
-    def after(self, previous: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `PreTokens.after`."""
+    def after(self, previous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `PreTokens.after`, for several tokens [n]: both [n, V]."""
         state = self.context[previous]
         return self.split[state], self.joined[state]
 
