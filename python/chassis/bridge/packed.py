@@ -6,8 +6,6 @@ are laid out in rows of their own, padded to the longest, and given to the atten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface

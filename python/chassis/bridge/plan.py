@@ -237,66 +237,88 @@ class UnderWay:
 
 
 class _Grower:
-    """The tree while it grows; `roots` are the states where the pieces of the trunk begin."""
+    """The trees of several texts while they grow; `roots` are the states where the pieces of the trunks begin, of one text
+    after the other."""
 
-    def __init__(self, trunk: list[Tokens]) -> None:
-        self.tokens, self.parent, self.depth = [-1], [-1], [0]
+    def __init__(self, pieces: list[Tokens], text: list[int]) -> None:
+        self.tokens, self.parent, self.depth, self.text = [], [], [], []
         self.children: dict[tuple[int, int], int] = {}
-        self.roots = [0]
-        for ids in trunk:
-            self.roots.append(self.walk(self.roots[-1], ids))
-        self.n_trunk = len(self.tokens) - 1
+        self.roots: list[int] = []
+        self.n_trunk: list[int] = []
+        for ids, own in zip(pieces, text, strict=True):
+            if len(self.n_trunk) <= own:
+                end = self._add(-1, -1, 0, own)
+                self.n_trunk.append(0)
+            self.roots.append(end)
+            end = self.walk(end, ids)
+            self.n_trunk[own] += len(ids)
+
+    def _add(self, token: int, parent: int, depth: int, text: int) -> int:
+        self.tokens.append(token)
+        self.parent.append(parent)
+        self.depth.append(depth)
+        self.text.append(text)
+        return len(self.tokens) - 1
 
     def walk(self, node: int, path: Tokens) -> int:
         """The node at the end of `path` from `node`, made where it is missing."""
         for token in path:
             child = self.children.get((node, token))
             if child is None:
-                child = self.children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parent.append(node)
-                self.depth.append(self.depth[node] + 1)
+                child = self.children[node, token] = self._add(token, node, self.depth[node] + 1, self.text[node])
             node = child
         return node
 
-    def tree(self) -> Tree:
-        return Tree(*(np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, self.depth)), self.n_trunk)
+    def trees(self) -> tuple[list[Tree], np.ndarray]:
+        """The tree of each text, and the number that each node has in its own."""
+        tokens, parent, depth, text = (
+            np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, self.depth, self.text)
+        )
+        order = np.argsort(text, kind="stable")
+        first = np.searchsorted(text[order], np.arange(len(self.n_trunk) + 1))
+        own = np.empty_like(order)
+        own[order] = np.arange(len(order)) - first[text[order]]
+        above = np.where(parent < 0, -1, own[parent])
+        parts = (np.split(x[order], first[1:-1]) for x in (tokens, above, depth))
+        return [Tree(*columns, n) for *columns, n in zip(*parts, self.n_trunk, strict=True)], own
 
 
 def make_plans(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts: Sequence[str]) -> list[Plan]:
     """Plans for texts that both tokenizers read as they are (see `counting.joint_text`)."""
-    drafts = [_Draft(encoded, under_way) for encoded in base.encode_batch(texts)]
-    under_way.encodings([part for draft in drafts for part in draft.beginnings + draft.whole])  # of all texts in one call
-    return [draft.plan(expert, under_way) for draft in drafts]
+    return _Draft(base.encode_batch(texts), under_way).plans(expert, under_way) if texts else []
 
 
 class _Draft:
-    """What of a plan is known before any beginning of its text is encoded."""
+    """What is known of plans before any beginning is encoded. The texts stand one after the other, a line feed behind each."""
 
-    def __init__(self, encoded: Encoded, under_way: UnderWay) -> None:
-        self.encoded, self.data = encoded, encoded.data
-        byte = np.frombuffer(encoded.data, dtype=np.uint8)
-        self.begins = np.append(0, encoded.ends)[: len(encoded)]
+    def __init__(self, encoded: Sequence[Encoded], under_way: UnderWay) -> None:
+        self.encoded, self.data = encoded, b"".join(own.data + b"\n" for own in encoded)
+        byte = np.frombuffer(self.data, dtype=np.uint8)
+        first = starts(np.array([len(own.data) + 1 for own in encoded]))
+        self.begins = np.concatenate([_begins(own) + at for own, at in zip(encoded, first, strict=False)])
         self.places, self.which = np.unique(self.begins, return_inverse=True)
-        between = np.append((byte & 0xC0) != 0x80, True)  # characters
-        pieces = _pieces(byte)
+        between = (byte & 0xC0) != 0x80  # characters
+        pieces = np.union1d(_pieces(byte), first[:-1])
+        self.text = np.searchsorted(first, pieces, side="right") - 1  # of a piece
+        ends = np.append(pieces[1:], len(byte)) - np.append(self.text[1:] > self.text[:-1], True)
         # The end of a piece belongs to it: that the next one begins there is not known from the text before.
-        piece = np.maximum(np.searchsorted(pieces, self.places) - 1, 0)
-        self.begun_tokens = e, p, _ = _begun_tokens(byte, pieces, between, self.places, under_way)
+        own = np.searchsorted(first, self.places, side="right") - 1
+        piece = np.maximum(np.searchsorted(pieces, self.places) - 1, np.searchsorted(pieces, first[own]))
+        self.begun_tokens = e, p, _ = _begun_tokens(byte, pieces, ends, between, self.places, under_way)
         self.inside = ~between[self.places]
         # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
         self.slot_ended, self.slot_begun = (self.places + piece)[~self.inside], e + piece[p]
         self.slots = np.unique(np.concatenate([self.slot_ended, self.slot_begun]))
         self.of = np.searchsorted(pieces + np.arange(len(pieces)), self.slots, side="right") - 1
-        ends = zip(pieces[self.of].tolist(), (self.slots - self.of).tolist(), strict=True)
-        self.beginnings = [self.data[a:b] for a, b in ends]
-        self.whole = [self.data[a:b] for a, b in pairwise([*pieces.tolist(), len(self.data)])] if self.data else []
+        slots = zip(pieces[self.of].tolist(), (self.slots - self.of).tolist(), strict=True)
+        self.beginnings = [self.data[a:b] for a, b in slots]
+        self.whole = [self.data[a:b] for a, b in zip(pieces.tolist(), ends.tolist(), strict=True)]
 
-    def plan(self, expert: TokenBytes, under_way: UnderWay) -> Plan:
-        encoded, data, places, which, inside = self.encoded, self.data, self.places, self.which, self.inside
-        (e, p, node), slots, of, whole = self.begun_tokens, self.slots, self.of, self.whole
-        known = under_way.encodings(self.beginnings + whole)
-        grower = _Grower([known[part][0] for part in whole])
+    def plans(self, expert: TokenBytes, under_way: UnderWay) -> list[Plan]:
+        data, places, which, inside = self.data, self.places, self.which, self.inside
+        (e, p, node), slots, of = self.begun_tokens, self.slots, self.of
+        known = under_way.encodings(self.beginnings + self.whole)
+        grower = _Grower([known[part][0] for part in self.whole], self.text.tolist())
         found = [known[beginning] for beginning in self.beginnings]
         path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
         paths, owner = [path for paths in found for path in paths], np.repeat(of, np.diff(path_start))
@@ -332,34 +354,48 @@ class _Draft:
         take_ended, of = ranges(np.searchsorted(place_ended, np.arange(len(places) + 1)), which)
         take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
         bounds = np.arange(len(which) + 1)
-        return Plan(
-            data=data,
-            base_ids=encoded.ids,
-            previous=np.append(-1, encoded.ids)[: len(encoded)],
-            begins=self.begins,
-            tree=grower.tree(),
-            ended=ended[take_ended],
-            ended_start=np.searchsorted(of, bounds),
-            begun=state[path_begun][take_begun],
-            begun_start=np.searchsorted(of_, bounds),
-            so_far=node[of_begun][take_begun],
-            sizes=(places[p] - e)[of_begun][take_begun],
-        )
+        ended_start, begun_start = np.searchsorted(of, bounds), np.searchsorted(of_, bounds)
+        trees, own = grower.trees()
+        ended, begun = own[ended[take_ended]], own[state[path_begun][take_begun]]
+        so_far, sizes = node[of_begun][take_begun], (places[p] - e)[of_begun][take_begun]
+        tokens, plans = starts(np.array([len(encoded) for encoded in self.encoded])), []
+        for encoded, tree, (first, last) in zip(self.encoded, trees, pairwise(tokens.tolist()), strict=True):
+            of_ended, of_begun = (slice(start[first], start[last]) for start in (ended_start, begun_start))
+            plan = Plan(
+                data=encoded.data,
+                base_ids=encoded.ids,
+                previous=np.append(-1, encoded.ids)[: len(encoded)],
+                begins=_begins(encoded),
+                tree=tree,
+                ended=ended[of_ended],
+                ended_start=ended_start[first : last + 1] - ended_start[first],
+                begun=begun[of_begun],
+                begun_start=begun_start[first : last + 1] - begun_start[first],
+                so_far=so_far[of_begun],
+                sizes=sizes[of_begun],
+            )
+            plans.append(plan)
+        return plans
+
+
+def _begins(encoded: Encoded) -> np.ndarray:
+    """Where its tokens begin, [n]."""
+    return np.append(0, encoded.ends)[: len(encoded)]
 
 
 def _begun_tokens(
-    byte: np.ndarray, pieces: np.ndarray, between: np.ndarray, places: np.ndarray, under_way: UnderWay
+    byte: np.ndarray, pieces: np.ndarray, ends: np.ndarray, between: np.ndarray, places: np.ndarray, under_way: UnderWay
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(e, p, node): bytes e between characters behind which a token may have begun that is under way at places[p], in the
     same piece; node of the bytes in between. Within a character also tokens that end there."""
     prefixes = under_way.leaves.prefixes
-    number = np.full(len(byte) + 1, -1)
+    number = np.full(len(byte), -1)
     number[places] = np.arange(len(places))
-    e = np.flatnonzero(between[:-1])
-    end = np.append(pieces[1:], len(byte))[np.searchsorted(pieces, e, side="right") - 1]
+    e = np.flatnonzero(between)
+    end = ends[np.searchsorted(pieces, e, side="right") - 1]
     at, node, found = e, np.zeros_like(e), []
     while len(e):
-        node = np.where(at < end, prefixes.child(node, byte[np.minimum(at, len(byte) - 1)]), -1)
+        node = np.where(at < end, prefixes.child(node, byte[at]), -1)
         goes_on = node >= 0
         e, end, at, node = e[goes_on], end[goes_on], at[goes_on] + 1, node[goes_on]
         wanted = number[at] >= 0
@@ -377,7 +413,7 @@ def identity_plan(tokens: TokenBytes, text: str) -> Plan:
     n = len(encoded)
     chain, none = np.arange(-1, n, dtype=np.int64), np.zeros(0, dtype=np.int64)
     tree = Tree(np.append(-1, encoded.ids), chain, chain + 1, n)
-    begins, previous = np.append(0, encoded.ends)[:n], np.append(-1, encoded.ids)[:n]
+    begins, previous = _begins(encoded), np.append(-1, encoded.ids)[:n]
     states, nowhere = np.arange(n + 1), np.zeros(n + 1, dtype=np.int64)
     return Plan(encoded.data, encoded.ids, previous, begins, tree, states[:n], states, none, nowhere, none, none)
 
