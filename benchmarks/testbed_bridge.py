@@ -20,6 +20,8 @@ from unittest import mock
 import numpy as np
 import torch
 from chassis import probes
+from chassis.bridge import apply
+from chassis.bridge.apply import States
 from chassis.bridge.bridge import Bridge
 from chassis.bridge.expert import BridgedExpert
 from chassis.bridge.forest import Reader
@@ -46,7 +48,8 @@ PARTS = (
     (Bridge, "plans", "plans"),
     (Reader, "read", "states of the expert"),
     (Bridge, "_blocked", "what cannot follow"),
-    (Bridge, "apply", "projection"),
+    (States, "__init__", "projection"),
+    (apply, "_project", "projection"),
     (ProbabilityStatistics, "update", "moments"),
     (Probe, "rows", "other"),
 )

@@ -20,23 +20,21 @@ PAGE = 2 << 20
 _kept: deque[mmap.mmap] = deque(maxlen=2)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor, contiguous. A large one has pages of 2 MiB where the system offers them (Linux), and its
-    memory stays with the process when it is freed: the two blocks that were freed last, for tensors of about their size."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised tensor, contiguous. A large one on the CPU has pages of 2 MiB where the system offers them (Linux),
+    and its memory stays with the process when it is freed: the two blocks freed last, for tensors of about their size."""
     count = math.prod(shape)
     size = -(-count * dtype.itemsize // PAGE) * PAGE
-    if size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+    if torch.device(device).type != "cpu" or size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
     block = memoryview(_taken(size) or _made(size))
     weakref.finalize(block, _kept.append, block.obj).atexit = False
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """`empty` of the shape and dtype of a CPU tensor; on another device PyTorch's, contiguous."""
-    if tensor.device.type == "cpu":
-        return empty(tensor.shape, tensor.dtype)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    """`empty` of the shape, dtype and device of a tensor."""
+    return empty(tensor.shape, tensor.dtype, tensor.device)
 
 
 def release() -> None:

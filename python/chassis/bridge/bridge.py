@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -163,23 +163,41 @@ class Bridge:
         state is at hand: there log q is the base's unigram distribution, mass 0 and uncertainty 1. Raises BridgeError for
         tensors of another shape, and where the base's are missing.
         """
+        tiles = self.tiles(plan, logits, base_log_probs, log_sums, masked=masked, temperature=temperature)
+        log_q = torch.empty(len(plan), self.base.width, device=logits.device)
+        mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
+        for positions, part in tiles:
+            rows = torch.from_numpy(positions).to(logits.device)
+            log_q[rows], mass[rows], uncertainty[rows] = part.log_q, part.mass, part.uncertainty
+        return Bridged(log_q, mass, uncertainty)
+
+    def tiles(
+        self,
+        plan: Plan,
+        logits: Tensor,
+        base_log_probs: Tensor | None = None,
+        log_sums: Tensor | None = None,
+        *,
+        masked: bool = True,
+        temperature: float = 1.0,
+    ) -> Iterator[tuple[np.ndarray, Bridged]]:
+        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order."""
         self._check_logits(logits, len(plan.tree))
         if self.identical:
-            return self._same(logits[torch.from_numpy(plan.ended)], temperature)
+            yield np.arange(len(plan)), self._same(logits[torch.from_numpy(plan.ended)], temperature)
+            return
         states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
         blocked = self._blocked(plan.previous) if masked else None
         if self.asks_base:
             self._check_asked(base_log_probs, len(plan))
-            tiles = row_probabilities(states, len(self.leaves), len(self.table.ids))
-            parts = [self._weigh(P, base_log_probs[tile], blocked, tile) for tile, P in tiles]
-            log_q, mass, uncertainty = (torch.cat(column) for column in zip(*parts, strict=True))
-            return self._with_unknown(plan, Bridged(log_q, mass, uncertainty))
-        log_q = torch.empty(len(plan), self.base.width, device=logits.device)
-        mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
+            for tile, P in row_probabilities(states, len(self.leaves), len(self.table.ids)):
+                lists = None if blocked is None else (blocked[0], blocked[1][tile])
+                found = jeffrey.weigh(P, self.table, base_log_probs[tile], lists, normalize=True)
+                positions = np.arange(tile.start, tile.stop)
+                yield positions, self._with_unknown(plan, positions, found)
+            return
         for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete):
-            rows = torch.from_numpy(positions).to(logits.device)
-            log_q[rows], mass[rows], uncertainty[rows] = part.log_q, part.mass, part.uncertainty
-        return self._with_unknown(plan, Bridged(log_q, mass, uncertainty))
+            yield positions, self._with_unknown(plan, positions, part)
 
     def project(
         self,
@@ -302,16 +320,13 @@ class Bridge:
         padding = torch.tensor([role == "padding" for role in self.expert.role_of])
         return padding if padding.any() else None
 
-    def _with_unknown(self, plan: Plan, result: Bridged) -> Bridged:
+    def _with_unknown(self, plan: Plan, positions: np.ndarray, result: Bridged) -> Bridged:
         """`result` with the base's unigram distribution where the plan has no state of the expert."""
-        unknown = torch.from_numpy(np.flatnonzero((np.diff(plan.ended_start) == 0) & (np.diff(plan.begun_start) == 0)))
+        states = np.diff(plan.ended_start) + np.diff(plan.begun_start)
+        unknown = torch.from_numpy(np.flatnonzero(states[positions] == 0))
         result.log_q[unknown] = self.unigram.log().to(result.log_q)
         result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
         return result
-
-    def _weigh(self, P: Tensor, base_log_probs: Tensor, blocked, tile: slice) -> Bridged:
-        blocked = None if blocked is None else (blocked[0], blocked[1][tile])
-        return jeffrey.weigh(P, self.table, base_log_probs, blocked, normalize=True)
 
     def _check_asked(self, base_log_probs: Tensor | None, n: int) -> None:
         given = "missing" if base_log_probs is None else list(base_log_probs.shape)

@@ -10,13 +10,15 @@ import torch
 from chassis.bridge.bridge import FLOOR, Bridge
 from chassis.bridge.forest import Reader
 from chassis.bridge.plan import Plan
-from chassis.bridge.stretches import starts
+from chassis.bridge.stretches import ranges, starts
 from chassis.bridge.windows import text_windows
 from chassis.errors import BridgeError
 from chassis.experts import Readout
 from chassis.models.forward import forward
 from chassis.probes import Window, pad
 from chassis.text.corpus import Document
+from chassis_kernels import pages
+from chassis_kernels.bridge_project import Bridged
 
 PLANS = 4096  # texts whose plans are kept, at most: refinement comes back to them
 CELLS = 16_000_000  # logits of the expert at hand at once
@@ -74,8 +76,8 @@ class BridgedExpert:
         forward(self.model, *pad(own, "right")[:2])
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
-        is_text = self.bridge.base.is_text
-        out = torch.full((*input_ids.shape, self.bridge.base.width), torch.inf, device=base_final.device)
+        is_text, device = self.bridge.base.is_text, base_final.device
+        out = pages.empty((*input_ids.shape, self.bridge.base.width), torch.float32, device)
         flat, places, following = out.flatten(0, 1), [], []
         windows = list(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True))
         plans = self._plans_of([ids[mask & is_text[ids]] for ids, mask in windows])
@@ -84,24 +86,33 @@ class BridgedExpert:
             number = np.cumsum(is_text[ids[mask]])
             places.append(row * len(mask) + np.flatnonzero(mask)[number < len(plan)])
             following.append(number[number < len(plan)])
+        silent = np.ones(len(flat), dtype=bool)
         for group in self._groups(plans):
-            some = [plans[row] for row in group]
-            read = self._reader.read(some, self.share)
-            if self.aligned_only:
-                q, aligned = self._aligned(some[0], read.logits)
-            else:
-                q = self.bridge.apply(read.plan, read.logits, log_sums=read.log_sums).log_q.exp_()
-            log_q = q.mul_(1 - FLOOR).add_(self._floor.to(q)).log_()
-            begin = starts([len(plan) for plan in some])
-            source = torch.from_numpy(np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)]))
-            place = torch.from_numpy(np.concatenate([places[row] for row in group]))
-            if self.aligned_only:
-                source, place = source[aligned[source]], place[aligned[source]]
-            flat[place.to(out.device)] = log_q[source.to(log_q.device)].to(out.device)
+            begin = starts([len(plans[row]) for row in group])
+            source = np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)])
+            place = np.concatenate([places[row] for row in group])
+            order = np.argsort(source, kind="stable")
+            begins = np.searchsorted(source[order], np.arange(begin[-1] + 1))
+            for positions, q in self._tiles([plans[row] for row in group]):
+                taken, of = ranges(begins, positions)
+                into = place[order[taken]]
+                silent[into] = False
+                flat[torch.from_numpy(into).to(device)] = q[torch.from_numpy(of)].to(device)
+        flat[torch.from_numpy(silent).to(device)] = torch.inf
         return out
 
+    def _tiles(self, plans: Sequence[Plan]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(positions [m], their log q [m, V]) of texts that are read at once."""
+        read = self._reader.read(plans, self.share)
+        if self.aligned_only:
+            tiles = [self._aligned(plans[0], read.logits)]
+        else:
+            tiles = self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums)
+        for positions, part in tiles:
+            yield positions, part.log_q.exp_().mul_(1 - FLOOR).add_(self._floor.to(part.log_q)).log_()
+
     def _groups(self, plans: Sequence[Plan]) -> Iterator[list[int]]:
-        """Texts that are read at once: CELLS logits, trees of like numbers of branches, which are padded to the most."""
+        """Texts that are read at once: CELLS logits, trees of like numbers of branches, which attention pads to the most."""
         group: list[int] = []
         for row in sorted(range(len(plans)), key=lambda row: len(plans[row].tree) - plans[row].tree.n_trunk):
             cells = (len(group) + 1) * len(plans[row].tree) * self.bridge.expert.width
@@ -111,14 +122,13 @@ class BridgedExpert:
             group.append(row)
         yield group
 
-    def _aligned(self, plan: Plan, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [n, V] as if an expert token had ended at every base position; where one did [n], read off the whole text."""
+    def _aligned(self, plan: Plan, logits: torch.Tensor) -> tuple[np.ndarray, Bridged]:
+        """The base positions at which a token of the expert ends, read off the whole text, and q as if that were known."""
         ends = np.append(0, np.cumsum(self.bridge.expert.lengths[plan.expert_ids]))
-        nodes = torch.from_numpy(np.searchsorted(ends, plan.begins, side="right") - 1)
-        previous = torch.from_numpy(np.append(-1, plan.base_ids[:-1]))
-        return self.bridge.project(logits[nodes], previous=previous).log_q.exp(), torch.from_numpy(
-            np.isin(plan.begins, ends)
-        )
+        positions = np.flatnonzero(np.isin(plan.begins, ends))
+        nodes = torch.from_numpy(np.searchsorted(ends, plan.begins[positions], side="right") - 1)
+        previous = torch.from_numpy(np.append(-1, plan.base_ids)[positions])
+        return positions, self.bridge.project(logits[nodes], previous=previous)
 
     def _plans_of(self, texts: Sequence[np.ndarray]) -> list[Plan]:
         """The plans of texts given as base tokens; those not known are made together and kept."""

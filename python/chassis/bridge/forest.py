@@ -79,9 +79,7 @@ class _Forest:
         self.rank = self._ranks(self.slot <= np.array([plan.tree.n_trunk for plan in plans])[self.text])
         self.read_of = np.zeros(len(plans), dtype=np.int64)  # how many nodes of each text have been read
         self.states = PackedStates(expert.model, len(plans), int(self.sizes.max()))
-        self.logits = (
-            pages.empty((n, len(weight)), weight.dtype) if weight.device.type == "cpu" else weight.new_empty(n, len(weight))
-        )
+        self.logits = pages.empty((n, len(weight)), weight.dtype, weight.device)
         self.log_sums = torch.empty(n, device=weight.device)
 
     @property

@@ -57,7 +57,7 @@ class Merges:
         return merges if ordered.all() else None
 
     def would_join(self, previous: np.ndarray) -> np.ndarray:
-        """[n, V] bool: tokens b for which BPE, given the pieces of `previous` [n] and b in one word, does not end in the two."""
+        """Tokens b [n, V] for which BPE, given the pieces of `previous` [n] and b in one word, does not end in the two."""
         direct, through = np.zeros((2, self.n, len(previous)), dtype=bool)
         x, which, before = previous, np.arange(len(previous)), np.full(len(previous), NEVER)  # the rank of x_{i-1}
         while len(x):

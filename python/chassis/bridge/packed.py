@@ -18,7 +18,7 @@ OWN, PACKED = "sdpa", "chassis_packed"  # names of attention functions
 
 
 class PackedStates:
-    """`run` gives what the model's unembedding would read after each token of `n_texts` texts of at most `longest` tokens."""
+    """`run` gives what the model's unembedding would read after each token; `n_texts` of at most `longest` tokens each."""
 
     def __init__(self, model: nn.Module, n_texts: int, longest: int) -> None:
         self.model, self.n_texts, self.longest = model, n_texts, longest

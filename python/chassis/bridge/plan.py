@@ -289,7 +289,7 @@ def make_plans(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts:
 
 
 class _Draft:
-    """What is known of plans before any beginning is encoded. The texts stand one after the other, a line feed behind each."""
+    """What is known of plans before any beginning is encoded. The texts stand one after the other, each with a line feed."""
 
     def __init__(self, encoded: Sequence[Encoded], under_way: UnderWay) -> None:
         self.encoded, self.data = encoded, b"".join(own.data + b"\n" for own in encoded)
