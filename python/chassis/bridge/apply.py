@@ -81,9 +81,7 @@ class States:
         """What may be at hand at every position."""
         plan = self.plan
         options = self.under_way.options(plan.tree.tokens[plan.begun], plan.so_far)
-        sets = [self.under_way.tokens[option] for option in options.tolist()]
-        sizes = np.array([len(tokens) for tokens in sets], dtype=np.int64)
-        tokens = np.concatenate([np.zeros(0, np.int32), *sets]).astype(np.int64)
+        tokens, sizes = self.under_way.tokens(options)
         nodes, start = np.repeat(plan.begun, sizes), starts(sizes)[plan.begun_start]
         rows = self.under_way.leaves.row(tokens, np.repeat(plan.sizes, sizes))
         logs = self.log_p(torch.from_numpy(nodes), torch.from_numpy(tokens)).double().cpu().numpy() + self.path[nodes]

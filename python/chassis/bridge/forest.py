@@ -28,7 +28,7 @@ from chassis.models import inspect_head
 from chassis_kernels import pages
 
 LONGEST = 4096  # states of a tree of which every level is one pass
-TILE = 128  # rows of logits that stay in the cache while they are summed
+TILE = 32  # rows of logits that stay in the cache while they are summed
 
 
 class Read(NamedTuple):
@@ -106,9 +106,9 @@ class _Forest:
         attends = self._attends(nodes) if n_read else None
         ids, depth = torch.from_numpy(tree.tokens[nodes]), torch.from_numpy(tree.depth[nodes])
         hidden = self.states.run(ids.where(ids >= 0, self.expert.start), depth, torch.from_numpy(counts), attends)
-        tiles = (tensor[rows].split(TILE) for tensor in (self.logits, self.log_sums))
-        for states, logits, log_sums in zip(hidden.split(TILE), *tiles, strict=True):
-            torch.logsumexp(logits.copy_(self.expert.head.logits(states)).float(), 1, out=log_sums)
+        logits = self.expert.head.logits_(self.logits[rows], hidden)
+        for part, log_sums in zip(logits.split(TILE), self.log_sums[rows].split(TILE), strict=True):
+            torch.logsumexp(part.float(), 1, out=log_sums)
 
     def _attends(self, nodes: np.ndarray) -> Tensor:
         """Where each of `nodes` [n] attends, to its own path alone: [n, most nodes of a text]."""

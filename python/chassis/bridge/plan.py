@@ -28,6 +28,7 @@ from chassis.text.token_bytes import Encoded, TokenBytes
 
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
 WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
+CELLS = 4_000_000  # tokens looked at at once
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
 Tokens = tuple[int, ...]
 
@@ -116,14 +117,11 @@ def _cut(values: list, start: np.ndarray) -> tuple[tuple, ...]:
 
 
 class UnderWay:
-    """What a piece of text leaves open: the encodings of its beginnings, and the tokens that may be under way.
-
-    `tokens[i]` int32: those of number i, as `options` numbers them.
-    """
+    """What a piece of text leaves open: the encodings of its beginnings, and the tokens that may be under way."""
 
     def __init__(self, leaves: Leaves, mask: CanonicalMask) -> None:
         self.leaves, self.mask = leaves, mask
-        self.tokens: list[np.ndarray] = []
+        self._tokens, self._start = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)  # of each option
         self._options: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         # Tuples, of which there are many: the garbage collector does not visit them.
@@ -210,19 +208,28 @@ class UnderWay:
         `begun` [m] of `leaves.prefixes` and go on; -1 where there are none."""
         prefixes = self.leaves.prefixes
         keys, inverse = np.unique((last + 1) * len(prefixes.low) + begun, return_inverse=True)
-        missing = [key for key in keys.tolist() if key not in self._options]
-        if missing:
-            after, nodes = np.divmod(np.array(missing), len(prefixes.low))
-            asked, which = np.unique(after - 1, return_inverse=True)
-            blocked = self.mask.rows(asked.clip(0).tolist()) & (asked >= 0)[:, None]
-            ranges = prefixes.low[nodes].tolist(), prefixes.high[nodes].tolist()
-            for key, row, low, high in zip(missing, which.tolist(), *ranges, strict=True):
-                tokens = self.leaves.order[low:high]
-                tokens = tokens[~blocked[row, tokens]].astype(np.int32)
-                self._options[key] = len(self.tokens) if len(tokens) else -1
-                if len(tokens):
-                    self.tokens.append(tokens)
+        missing = np.array([key for key in keys.tolist() if key not in self._options], dtype=np.int64)
+        after, nodes = np.divmod(missing, len(prefixes.low))
+        asked, which = np.unique(after - 1, return_inverse=True)
+        sizes = prefixes.high[nodes] - prefixes.low[nodes]
+        parts = np.split(np.arange(len(missing)), np.searchsorted(sizes.cumsum(), np.arange(CELLS, sizes.sum(), CELLS)))
+        for part in parts if len(missing) else ():
+            rows, row = np.unique(which[part], return_inverse=True)
+            blocked = self.mask.rows(asked[rows].clip(0).tolist()) & (asked[rows] >= 0)[:, None]
+            begin, of = starts(sizes[part]), np.repeat(np.arange(len(part)), sizes[part])
+            tokens = self.leaves.order[np.arange(begin[-1]) + (prefixes.low[nodes[part]] - begin[:-1])[of]]
+            kept = ~blocked[row[of], tokens]
+            left = np.bincount(of[kept], minlength=len(part))
+            number = np.where(left > 0, len(self._start) - 2 + (left > 0).cumsum(), -1)
+            self._options.update(zip(missing[part].tolist(), number.tolist(), strict=True))
+            self._tokens = np.concatenate([self._tokens, tokens[kept].astype(np.int32)])
+            self._start = np.concatenate([self._start, self._start[-1] + left[left > 0].cumsum()])
         return np.array([self._options[key] for key in keys.tolist()], dtype=np.int64)[inverse]
+
+    def tokens(self, options: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each of `options` [m], one after the other, and how many each has [m]."""
+        places, _ = ranges(self._start, options)
+        return self._tokens[places].astype(np.int64), np.diff(self._start)[options]
 
     def after(self, last: int, begun: bytes) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that can follow token `last`, begin with `begun` and go on; the rows of their residuals."""
@@ -241,39 +248,40 @@ class _Grower:
     after the other."""
 
     def __init__(self, pieces: list[Tokens], text: list[int]) -> None:
-        self.tokens, self.parent, self.depth, self.text = [], [], [], []
+        self.tokens: list[int] = []
+        self.parent: list[int] = []
         self.children: dict[tuple[int, int], int] = {}
         self.roots: list[int] = []
         self.n_trunk: list[int] = []
         for ids, own in zip(pieces, text, strict=True):
             if len(self.n_trunk) <= own:
-                end = self._add(-1, -1, 0, own)
+                end = len(self.tokens)
+                self.tokens.append(-1)
+                self.parent.append(-1)
                 self.n_trunk.append(0)
             self.roots.append(end)
             end = self.walk(end, ids)
             self.n_trunk[own] += len(ids)
 
-    def _add(self, token: int, parent: int, depth: int, text: int) -> int:
-        self.tokens.append(token)
-        self.parent.append(parent)
-        self.depth.append(depth)
-        self.text.append(text)
-        return len(self.tokens) - 1
-
     def walk(self, node: int, path: Tokens) -> int:
         """The node at the end of `path` from `node`, made where it is missing."""
+        children = self.children
         for token in path:
-            child = self.children.get((node, token))
+            child = children.get((node, token))
             if child is None:
-                child = self.children[node, token] = self._add(token, node, self.depth[node] + 1, self.text[node])
+                child = children[node, token] = len(self.tokens)
+                self.tokens.append(token)
+                self.parent.append(node)
             node = child
         return node
 
     def trees(self) -> tuple[list[Tree], np.ndarray]:
         """The tree of each text, and the number that each node has in its own."""
-        tokens, parent, depth, text = (
-            np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, self.depth, self.text)
-        )
+        depth, text = [], []
+        for parent in self.parent:
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+            text.append(text[parent] if parent >= 0 else text[-1] + 1 if text else 0)
+        tokens, parent, depth, text = (np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, depth, text))
         order = np.argsort(text, kind="stable")
         first = np.searchsorted(text[order], np.arange(len(self.n_trunk) + 1))
         own = np.empty_like(order)

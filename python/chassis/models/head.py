@@ -48,6 +48,13 @@ class Head:
     def n_layers(self) -> int:
         return len(self.blocks)
 
+    def logits_(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """`logits` [n, V] of hidden states [n, D], into `out`, which is returned."""
+        torch.mm(hidden, self.weight.T, out=out)
+        out = out if self.bias is None else out.add_(self.bias)
+        out = out if self.scale == 1 else out.mul_(self.scale)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D], in the dtype that `hidden` and the weight share."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
