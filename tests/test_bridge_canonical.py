@@ -7,8 +7,8 @@ from chassis.bridge import Bridge
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.merges import Merges
-from chassis.bridge.plan import UnderWay
 from chassis.bridge.pretokens import FOLLOWING, JOINED, SPLIT, Splits, _before
+from chassis.bridge.under_way import UnderWay
 from chassis.testbed.tokenizers import synthetic_bpe
 from chassis.text.token_bytes import TokenBytes
 from families import byte_level, metaspace_bpe, sentencepiece_bpe, unigram

@@ -47,6 +47,17 @@ def test_what_is_left_out_counts_for_less_than_its_share(tiny_lm, expert, bridge
         n_nodes = len(read.logits)
 
 
+def test_models_that_do_not_pack_are_read_a_text_at_a_time(tiny_lm, expert, bridge):
+    model, plans = copy.deepcopy(tiny_lm("llama")), [bridge.plan(text) for text in ("the quick foxes", "dog's")]
+    packed = Reader(model, 0, expert.lengths).read(plans)
+    model.config._attn_implementation = "eager"
+    reader = Reader(model, 0, expert.lengths)
+    found = reader.read(plans, 0.5)
+    assert not reader.packs and len(found.logits) == len(packed.logits)
+    q, other = (bridge.apply(read.plan, read.logits, log_sums=read.log_sums).log_q.exp() for read in (found, packed))
+    assert torch.allclose(q, other, atol=1e-6)
+
+
 def test_unknown_tokens_keep_every_branch(tiny_lm, expert, bridge):
     model, plan = tiny_lm("llama"), bridge.plan("the quick foxes jump")
     assert len(Reader(model, 0, 0 * expert.lengths).read([plan], 0.5).logits) == len(plan.tree)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chassis.bridge.plan import Plan, UnderWay
+from chassis.bridge.plan import Plan
 from chassis.bridge.stretches import starts
+from chassis.bridge.under_way import UnderWay
 from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
 

@@ -34,10 +34,11 @@ from chassis.bridge.apply import States, project_positions
 from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
-from chassis.bridge.plan import Plan, UnderWay, identity_plan, make_plans
+from chassis.bridge.plan import Plan, identity_plan, make_plans
 from chassis.bridge.pretokens import Splits
 from chassis.bridge.row_probabilities import row_probabilities
 from chassis.bridge.rules import METHODS, special_pairs, string_table
+from chassis.bridge.under_way import UnderWay
 from chassis.errors import BridgeError
 from chassis.files import write_file
 from chassis.text.samples import SAMPLES

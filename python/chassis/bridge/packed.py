@@ -74,8 +74,10 @@ class PackedStates:
         if window not in self._masks:
             width, attends = int(self._count.max()), self._attends
             if window is not None and window <= int(self._at.max()):
-                behind = self._at[:, None] - self._positions[self._slot // self.longest, :width]
-                attends = (behind < window) & (behind >= 0 if attends is None else attends)
+                if attends is None:
+                    place = self._slot % self.longest
+                    attends = torch.arange(width, device=self.device) <= place[:, None]
+                attends = attends & (self._at[:, None] - self._positions[self._slot // self.longest, :width] < window)
             mask = None
             if attends is not None:
                 least = torch.finfo(dtype).min
