@@ -1,5 +1,6 @@
 """The main job on tiny models: identical after a kill, bounded memory, no [N, V], and every bad input refused early."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from chassis.experts import CallableExpert, ModelExpert
 from chassis.fit import Base, FitOptions, fit
 from chassis.lens import Lens
 from chassis.models import inspect_head
+from chassis.probes import Probe, make_windows
 from chassis.results import measure, summarise
 from support import LiveMemory, documents, pair, splits
 
+fit_module = sys.modules[fit.__module__]  # `chassis.fit` is the function
 OPTIONS = FitOptions(rank=4, window=48, batch_size=4, refine_steps=3, checkpoint_seconds=0)
 
 
@@ -229,6 +232,22 @@ def test_a_bfloat16_pair_is_fitted(tiny_lm, tiny_tokenizer):
     result = fit(base, expert, splits(), FitOptions(rank=8, window=48, refine_steps=5))
     scores = measure(base, expert, result)
     assert scores.adapters["refined|8"].kl < 0.9 * scores.no_op.kl
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_refinement_reads_no_kept_batch_again(models, monkeypatch, kept):
+    base, expert = models
+    windows = make_windows(documents(24), base.tokenizer, length=24)[:20]
+    probe, read = Probe(base.model, expert, (), "all", 4), []
+    fresh = list(probe.batches(windows))
+    monkeypatch.setattr(fit_module, "KEPT", sum(rows.nbytes for rows in fresh[:kept]))
+    monkeypatch.setattr(fit_module, "ROWS_PER_STEP", 1)
+    rows_of = expert.rows
+    monkeypatch.setattr(expert, "rows", lambda ids, *rest: read.append(len(ids)) or rows_of(ids, *rest), raising=False)
+    steps = list(itertools.islice(fit_module._steps(probe, windows), 3 * len(fresh)))
+    assert len(read) == 3 * len(fresh) - 2 * min(kept, len(fresh))
+    for number, rows in enumerate(steps):
+        assert torch.equal(rows.expert, fresh[number % len(fresh)].expert)
 
 
 def test_last_positions_only(models):

@@ -7,13 +7,18 @@ target is linear in h is what lets the fit work on hidden states and never on [N
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from chassis.errors import ChassisError
 from chassis.models import Head, capture, inspect_head, load_causal_lm, vocabulary_hash
+from chassis.text.corpus import Document
+
+if TYPE_CHECKING:  # these know of experts
+    from chassis.closed_form import Change
+    from chassis.probes import Window
 
 
 class Readout(NamedTuple):
@@ -41,7 +46,7 @@ def same_unembedding(a: Readout, b: Readout) -> bool:
 class Expert(Protocol):
     """`rows` gives [B, T, E] for a batch, in the space `readout` reads, from `base_final` [B, T, D] where that is enough.
 
-    `log_probs`: rows are log-probabilities over the base's tokens; a row of infinities says nothing and is left out.
+    `log_probs`: it is a `ProbabilityExpert`.
     """
 
     name: str
@@ -49,6 +54,21 @@ class Expert(Protocol):
     log_probs: bool
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor: ...
+
+
+class ProbabilityExpert(Expert, Protocol):
+    """Rows are log-probabilities over the base's tokens; a row of infinities says nothing and is left out.
+
+    `windows` cuts documents where both models can read them. `plain_forward` is what reading windows costs the expert alone.
+    `semantic_change` is a change of the logits of the base `model` that the expert's states foretell, to start from; it
+    raises BridgeError where they foretell none.
+    """
+
+    def windows(self, documents: Sequence[Document], length: int) -> list[Window]: ...
+
+    def plain_forward(self, windows: Sequence[Window]) -> None: ...
+
+    def semantic_change(self, model: torch.nn.Module, windows: Sequence[Window], alpha: float) -> Change: ...
 
 
 class ModelExpert:

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 
 from chassis.adapter import FORMAT, Adapter, AdapterConfig
-from chassis.bridge.expert import BridgedExpert
-from chassis.bridge.initial import semantic_change
 from chassis.checkpoint import Checkpoint
 from chassis.closed_form import ClosedForm, closed_form
 from chassis.errors import BridgeError, ChassisError
@@ -35,6 +33,7 @@ from chassis.text.corpus import Document
 SPLITS = ("fit", "validation", "test")
 ROWS_PER_STEP = 2048
 VALIDATION_BATCHES = 3
+KEPT = 1 << 30  # bytes of rows that refinement keeps, since it comes back to them
 PLAIN_BATCHES = 4  # of plain forward passes, which are timed to be shown beside a fit through a bridge
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -130,8 +129,8 @@ def fit(
 
     `documents` has "fit", "validation" and "test" documents; no window may be in two of them. With `out`, statistics are
     kept there while they are collected, so that a killed fit goes on where it was with the identical result. Needs memory
-    for the moments and a few batches beside the models. Raises ChassisError for anything the caller can put right, before
-    any long work where that is possible.
+    for the moments, a few batches and, while it refines, KEPT bytes of rows beside the models. Raises ChassisError for
+    anything the caller can put right, before any long work where that is possible.
     """
     options, report = options or FitOptions(), progress or (lambda stage, done, total: None)
     layers = options.check(base.head)
@@ -205,9 +204,9 @@ def _closed_form(
     if not probe.expert.log_probs:
         return closed_form(statistics, options.alpha)
     semantic = None
-    if options.init != "newton" and isinstance(probe.expert, BridgedExpert):
+    if options.init != "newton":
         try:
-            semantic = semantic_change(probe.model, probe.expert, windows, options.alpha)
+            semantic = probe.expert.semantic_change(probe.model, windows, options.alpha)
         except BridgeError as error:
             if options.init == "semantic":
                 raise
@@ -257,10 +256,14 @@ def _refine(closed, probe, windows, held, ranks, options, progress) -> dict[int,
 
 
 def _steps(probe: Probe, windows: Sequence[Window]) -> Iterator[Rows]:
-    """Batches of at least ROWS_PER_STEP rows, over the windows again and again."""
+    """Batches of at least ROWS_PER_STEP rows, over the windows again and again; the first KEPT bytes of them are kept."""
     waiting: list[Rows] = []
+    kept: list[Rows] = []
     while True:
-        for rows in probe.batches(windows):
+        known = kept[:]
+        for number, rows in enumerate(itertools.chain(known, probe.batches(windows, skip=len(known)))):
+            if number == len(kept) and sum(r.nbytes for r in kept) + rows.nbytes <= KEPT:
+                kept.append(rows)
             waiting.append(rows)
             if sum(len(r.final) for r in waiting) >= ROWS_PER_STEP:
                 yield Rows.join(waiting)

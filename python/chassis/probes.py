@@ -51,6 +51,11 @@ class Rows:
     n_bytes: int  # bytes of the text that next_ids spell
     window: torch.Tensor  # [n] which window of the batch a row belongs to
 
+    @property
+    def nbytes(self) -> int:
+        tensors = self.final, self.expert, self.next_ids, self.window, *self.layers.values()
+        return sum(tensor.nbytes for tensor in tensors)
+
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Several batches as one; layers are left behind."""

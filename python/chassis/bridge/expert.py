@@ -9,9 +9,11 @@ import torch
 
 from chassis.bridge.bridge import FLOOR, Bridge
 from chassis.bridge.forest import Reader
+from chassis.bridge.initial import semantic_change
 from chassis.bridge.plan import Plan
 from chassis.bridge.stretches import ranges, starts
 from chassis.bridge.windows import text_windows
+from chassis.closed_form import Change
 from chassis.errors import BridgeError
 from chassis.experts import Readout
 from chassis.models.forward import forward
@@ -74,6 +76,10 @@ class BridgedExpert:
         texts = [self._text(window.ids) for window in windows]
         own = [np.array([self.start_id, *ids]) for ids in self.bridge.expert.ids_of(texts)]
         forward(self.model, *pad(own, "right")[:2])
+
+    def semantic_change(self, model: torch.nn.Module, windows: Sequence[Window], alpha: float) -> Change:
+        """What `initial.semantic_change` gives to start from."""
+        return semantic_change(model, self, windows, alpha)
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
         is_text, device = self.bridge.base.is_text, base_final.device

@@ -9,11 +9,11 @@ Alone it is a poor start; part of it beside the Gauss-Newton step is a better on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from chassis.bridge.expert import BridgedExpert
 from chassis.bridge.reading import Models, read
 from chassis.bridge.semantic import head_by_rows
 from chassis.bridge.windows import TextWindow
@@ -24,6 +24,9 @@ from chassis.models import inspect_head
 from chassis.probes import Window
 from chassis.statistics import Statistics
 from chassis_kernels import ridge
+
+if TYPE_CHECKING:  # which offers this change
+    from chassis.bridge.expert import BridgedExpert
 
 ROWS = 32  # places that both models read for each column of A
 
