@@ -102,7 +102,7 @@ def test_vocabularies_that_share_too_little_leave_the_step_alone(tiny_testbed, w
     def refuse(*_):
         raise BridgeError("3 tokens of equal bytes")
 
-    monkeypatch.setattr("chassis.fit.semantic_change", refuse)
+    monkeypatch.setattr("chassis.bridge.expert.semantic_change", refuse)
     models = "--base", tiny_testbed.base, "--expert", tiny_testbed.other_expert, "--bridge", "auto"
     options = (
         "--rank",

@@ -6,8 +6,6 @@ The keys and values of the pass are kept, so that further states can be added be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -81,8 +79,3 @@ def masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache:
         return model(input_ids=ids, **inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{title(model)} takes no mask of which token attends to which ({error})") from error
-
-
-def padded(rows: Sequence[np.ndarray]) -> Tensor:
-    """Rows of different lengths as one matrix [B, longest] int64, zeros behind their ends."""
-    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
