@@ -10,6 +10,7 @@
 namespace chassis {
 namespace CHASSIS_ISA {
 
+constexpr int64_t kBatch = 8 * kLanes;     // columns of a row that are gathered, changed and scattered together
 constexpr int64_t kColumnChunk = 2048;  // columns of a block's change kept at a time: 48 rows are 384 KiB
 
 [[noreturn]] inline void fail_id(const char* name, int64_t id, int64_t low, int64_t high) {
@@ -54,19 +55,6 @@ struct Columns {
       std::stable_sort(order.begin() + j, order.begin() + std::min(j + step, size),
                        [&](int32_t x, int32_t y) { return ids[x] < ids[y]; });
   }
-
-  // Appends the ids of columns [from, from + count), one for each run of 2^line logits, a cache line, that they lie in.
-  void cache_lines(int64_t from, int64_t count, int line, std::vector<int64_t>& out) const {
-    int64_t size = out.size(), last = -1;
-    out.resize(size + count);
-    for (int64_t j = from; j < from + count; ++j) {
-      int64_t id = ids ? ids[j] : j;
-      out[size] = id;  // kept if its line is another: no branch, which would be mispredicted as often as not
-      size += id >= 0 && id >> line != last;
-      last = id >> line;
-    }
-    out.resize(size);
-  }
 };
 
 template <class T>
@@ -76,18 +64,47 @@ inline void add_all(T* row, int64_t count, const float* change, const float* shi
   for (; j < count; ++j) from_float(to_float(row[j]) + (change[j] + shift[j]), row[j]);
 }
 
-template <class T>
-inline void add_at(T* row, const int64_t* cols, int64_t count, const float* change, const float* shift) {
-  if constexpr (std::is_same_v<T, float>) {
-    for (int64_t j = 0; j < count; ++j) row[cols[j]] += change[j] + shift[j];
-    return;
+// The first logit of each run in a cache line, batch by batch: what to fetch while another batch is changed.
+class Lines {
+ public:
+  template <class T>
+  void list(const T*, const int64_t* cols, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    ids.resize(count);
+    start.assign(1, 0);
+    int64_t size = 0, last = -1;
+    for (int64_t j = 0; j < count; ++j) {
+      ids[size] = cols[j];  // kept if its line is another: no branch, which would be mispredicted as often as not
+      size += cols[j] / kLine != last;
+      last = cols[j] / kLine;
+      if ((j + 1) % kBatch == 0 || j + 1 == count) start.push_back(size);
+    }
   }
-  constexpr int64_t kBatch = 8 * kLanes;  // gather, add and scatter apart, so that the rounding runs on vectors
+  int64_t batches() const { return start.size() - 1; }
+  int64_t size(int64_t batch) const { return start[batch + 1] - start[batch]; }
+  const int64_t* batch(int64_t i) const { return ids.data() + start[i]; }
+
+ private:
+  std::vector<int64_t> ids;
+  std::vector<int32_t> start;
+};
+
+// With each batch the next one's lines are fetched, after the last those of the first in the row that follows.
+template <class T>
+inline void add_at(T* row, const T* following, const int64_t* cols, int64_t count, const Lines& lines, const float* change,
+                   const float* shift) {
   float old[kBatch];
   T fresh[kBatch];
-  for (; count > 0; cols += kBatch, change += kBatch, shift += kBatch, count -= kBatch) {
-    int64_t here = std::min(kBatch, count), j = 0;
-    for (j = 0; j < here; ++j) old[j] = to_float(row[cols[j]]);
+  for (int64_t b = 0; b < lines.batches(); ++b, cols += kBatch, change += kBatch, shift += kBatch, count -= kBatch) {
+    const bool last = b + 1 == lines.batches();
+    const int64_t here = std::min(kBatch, count), ahead = last ? 0 : b + 1, fetched = lines.size(ahead);
+    const int64_t* line = lines.batch(ahead);
+    const T* there = last ? following : row;
+    int64_t j = 0;
+    for (j = 0; j < here; ++j) {
+      if (j < fetched) __builtin_prefetch(there + line[j], 1);
+      old[j] = to_float(row[cols[j]]);
+    }
     for (j = 0; j + kLanes <= here; j += kLanes) store_rounded(fresh + j, load(old + j) + (load(change + j) + load(shift + j)));
     for (; j < here; ++j) from_float(old[j] + (change[j] + shift[j]), fresh[j]);
     for (j = 0; j < here; ++j) row[cols[j]] = fresh[j];
@@ -106,14 +123,18 @@ inline void add_ordered(T* row, const Columns& c, int64_t from, int64_t count, c
   }
 }
 
-// Adds change + shift to `count` columns of one row of logits, from the one numbered `from` on.
-inline void add_change(const Matrix& logits, int64_t row, const Columns& c, int64_t from, int64_t count, const float* change,
-                       const float* shift) {
-  with_type(logits, [&](auto* to) {
-    to += row * logits.stride;
-    if (!c.ids) add_all(to + from, count, change, shift);
-    else if (c.order.empty()) add_at(to, c.ids + from, count, change, shift);
-    else add_ordered(to, c, from, c.whole ? c.order.size() : count, change, shift);
+// Adds change [rows, ldc] + shift to `count` columns, from the one numbered `from` on, of those rows of the logits.
+inline void add_change(const Matrix& logits, const int64_t* rows, int64_t n, const Columns& c, int64_t from, int64_t count,
+                       const float* change, int64_t ldc, const float* shift) {
+  with_type(logits, [&](auto* data) {
+    Lines lines;
+    if (c.ids && c.order.empty()) lines.list(data, c.ids + from, count);
+    for (int64_t i = 0; i < n; ++i, change += ldc) {
+      auto *to = data + rows[i] * logits.stride, *following = data + rows[std::min(i + 1, n - 1)] * logits.stride;
+      if (!c.ids) add_all(to + from, count, change, shift);
+      else if (c.order.empty()) add_at(to, following, c.ids + from, count, lines, change, shift);
+      else add_ordered(to, c, from, c.whole ? c.order.size() : count, change, shift);
+    }
   });
 }
 

@@ -21,7 +21,7 @@ constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packe
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
 constexpr int64_t kDepths = 8;          // parts of the width whose products few rows add up
 constexpr int64_t kStripWidth = 1024;   // columns of V at a time, for few rows, at most,
-constexpr int64_t kStripSums = 4096;    // and sums
+constexpr int64_t kStripSums = 65536;   // and sums, which then lie in L2
 
 // One adapter's U [width, rank] or V [rank, columns] as panels of kNr columns by at most kSum steps.
 struct Packed {
@@ -40,55 +40,21 @@ struct Packed {
   }
 };
 
-struct Group { int64_t adapter, first, rows; };  // `rows` entries of the row order from `first` on
-
-// Cache lines of logits to fetch a few at a time while something else is computed.
-class Ahead {
- public:
-  // Those of `count` columns from `from` on, in all of these rows.
-  void add(const Matrix& logits, const int64_t* rows, int64_t n, const Columns& columns, int64_t from, int64_t count) {
-    Part part{rows, n, int64_t(ids.size()), 0, int64_t(pages.size()), 0};
-    int line = logits.dtype == DType::fp32 ? 4 : 5, page = line + 6;
-    columns.cache_lines(from, count, line, ids);
-    part.last = ids.size();
-    for (int64_t j = part.first; j < part.last; ++j)
-      if (j == part.first || ids[j] >> page != ids[j - 1] >> page) pages.push_back(ids[j]);
-    part.last_page = pages.size();
-    parts.push_back(part);
-    left += n * (part.last - part.first);
+// Uninitialised memory of a thread. Up to kKept floats it is the same in every call: the system zeroes the pages that a
+// process first touches, which would take as long as few rows' products.
+template <int which>
+struct Scratch {
+  static constexpr int64_t kKept = 1 << 20;
+  Buffer fresh;
+  float* data;
+  explicit Scratch(int64_t n) : fresh(n > kKept ? n : 0), data(n > kKept ? fresh.get() : kept()) {}
+  static float* kept() {
+    static thread_local Buffer memory(kKept);
+    return memory.get();
   }
-
-  // The next ones, all that are left in `calls` calls, but kSum at most: an address for each step of a product.
-  const void* const* next(const Matrix& logits, int64_t calls) {
-    int64_t now = std::min(ceil_div(left, std::max<int64_t>(calls, 1)), kSum), size = 0;
-    left -= now;
-    with_type(logits, [&](auto* data) {
-      while (size < now) {
-        const Part& part = parts[at];
-        if (row == 0 && place == 0)  // one after the other, the pages' addresses are translated at the same time
-          for (int64_t i = 0; i < part.count; ++i)
-            for (int64_t j = part.first_page; j < part.last_page; ++j)
-              __builtin_prefetch(data + part.rows[i] * logits.stride + pages[j], 1);
-        auto* to = data + part.rows[row] * logits.stride;
-        int64_t end = std::min(part.last, part.first + place + now - size);
-        for (int64_t j = part.first + place; j < end; ++j) lines[size++] = to + ids[j];
-        place = end - part.first;
-        if (end < part.last) continue;
-        place = 0;
-        if (++row == part.count) row = 0, ++at;
-      }
-    });
-    for (; size < kSum && lines[size] != lines; ++size) lines[size] = lines;
-    return lines;
-  }
-
- private:
-  struct Part { const int64_t* rows; int64_t count, first, last, first_page, last_page; };
-  std::vector<Part> parts;
-  std::vector<int64_t> ids, pages;
-  int64_t at = 0, row = 0, place = 0, left = 0;
-  const void* lines[kSum] = {};
 };
+
+struct Group { int64_t adapter, first, rows; };  // `rows` entries of the row order from `first` on
 
 class Update {
  public:
@@ -164,11 +130,14 @@ class Update {
     });
   }
 
-  void add(int64_t row, int64_t group, int64_t from, int64_t count, const float* change) const {
-    add_change(g.logits, row, columns_at(group), from, count, change, bias.data() + group * columns + from);
+  // Adds the changes [rows, ldc] of columns [from, from + count) to rows of a group, from the one at `first` in row_order on.
+  void add(int64_t group, int64_t first, int64_t rows, int64_t from, int64_t count, const float* change, int64_t ldc) const {
+    add_change(g.logits, row_order.data() + first, rows, columns_at(group), from, count, change, ldc,
+               bias.data() + group * columns + from);
   }
 
-  // Columns of a strip of V: few enough for its sums to stay in L1, and for each thread to have one.
+  // Columns of a strip of V: few enough for its sums to stay in L2, and for each thread to have one; so many that a row's
+  // logits are changed along memory.
   int64_t strip(int64_t rows, int64_t count) const {
     int64_t most = std::clamp<int64_t>(kStripSums / rows, 64, kStripWidth);
     return round_up(std::min(most, ceil_div(count, threads)), 64);
@@ -193,63 +162,58 @@ class Update {
           down.push_back({i, k, j, std::min(part, width - k), std::min(across, rank - j)});
       for (int64_t j = 0; j < count; j += wide) up.push_back({i, 0, j, rank, std::min(wide, count - j)});
     }
-    Buffer partial(parts * n * ldp), change(whole ? n * ldc : 0);
-#pragma omp parallel num_threads(threads)
-    {
-      Buffer hidden(most * part), own(n * ldr), sums(most_sums);
-      Ahead ahead;
-      int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), calls = 0;
+    Scratch<0> shared(parts * n * ldp + (whole ? n * ldc : 0));
+    float *partial = shared.data, *change = partial + parts * n * ldp;
+    auto work = [&] {
+      Scratch<1> mine(most * part + n * ldr + most_sums);
+      float *hidden = mine.data, *own = hidden + most * part, *sums = own + n * ldr;
+      int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
       auto share = [&](const std::vector<Task>& tasks, auto run) {
         for (size_t t = tasks.size() * thread / team; t < tasks.size() * (thread + 1) / team; ++t)
           run(tasks[t], groups[tasks[t].group]);
       };
-      auto low = [&](const Group& group) { return Rows{own.get() + group.first * ldr, group.rows}; };
-      share(up, [&](const Task& task, const Group& group) {
-        if (columns_at(task.group).ids && !columns_at(task.group).whole && group.rows > 1)  // one row: in time by itself
-          ahead.add(g.logits, row_order.data() + group.first, group.rows, columns_at(task.group), task.j, task.count);
-        calls += stream_calls(group.rows, task.depth, task.count);
-      });
-      share(down, [&](const Task& task, const Group& group) { calls += stream_calls(group.rows, task.depth, task.count); });
-      auto lines = [&] { return ahead.next(g.logits, calls--); };
+      auto low = [&](const Group& group) { return Rows{own + group.first * ldr, group.rows}; };
       share(down, [&](const Task& task, const Group& group) {
         auto [i, k, j, depth, count] = task;
-        Rows centred{hidden.get(), group.rows};
+        Rows centred{hidden, group.rows};
         for (int64_t row = 0; row < group.rows; ++row)
           for (int64_t c = 0; c < depth; c += kSum)
             centre(group.adapter, row_order[group.first + row], k + c, std::min(kSum, depth - c), centred.at(row, c));
-        float* out = partial.get() + (k / part * n + group.first) * ldp + j;
+        float* out = partial + (k / part * n + group.first) * ldp + j;
         with_type(g.U, [&](auto* U) {
           U += group.adapter * g.stride_U + k * g.U.stride + j;
-          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp, lines);
+          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp);
         });
       });
 #pragma omp barrier
       for (const Group& group : groups)
         for (int64_t row = 0; row < group.rows; ++row)
           for (int64_t j = 0; j < rank; j += kNr)
-            add_parts(partial.get() + (group.first + row) * ldp + j, parts, n * ldp, low(group).at(row, j));
+            add_parts(partial + (group.first + row) * ldp + j, parts, n * ldp, low(group).at(row, j));
       share(up, [&](const Task& task, const Group& group) {
         auto [i, k, j, depth, count] = task;
         int64_t ldy = round_up(count, kNr);
-        if (depth == 0) std::fill_n(sums.get(), group.rows * ldy, 0.0f);
+        if (depth == 0) std::fill_n(sums, group.rows * ldy, 0.0f);
         with_type(g.V, [&](auto* V) {
           V += group.adapter * g.stride_V + j;
-          stream(low(group), V, g.V.stride, depth, count, V + count, sums.get(), ldy, lines);
+          stream(low(group), V, g.V.stride, depth, count, V + count, sums, ldy);
         });
-        for (int64_t row = 0; row < group.rows; ++row) {
-          const float* y = sums.get() + row * ldy;
-          if (columns_at(i).whole) std::copy_n(y, count, change.get() + (group.first + row) * ldc + j);
-          else add(row_order[group.first + row], i, j, count, y);
-        }
+        if (!columns_at(i).whole) add(i, group.first, group.rows, j, count, sums, ldy);
+        else
+          for (int64_t row = 0; row < group.rows; ++row)
+            std::copy_n(sums + row * ldy, count, change + (group.first + row) * ldc + j);
       });
       if (whole) {
 #pragma omp barrier
 #pragma omp for
         for (size_t i = 0; i < groups.size(); ++i)
           for (int64_t row = groups[i].first; columns_at(i).whole && row < groups[i].first + groups[i].rows; ++row)
-            add(row_order[row], i, 0, columns, change.get() + row * ldc);
+            add(i, row, 1, 0, columns, change + row * ldc, ldc);
       }
-    }
+    };
+    if (threads == 1) return work();  // without the cost of a team
+#pragma omp parallel num_threads(threads)
+    work();
   }
 
   // kNr sums of `parts` values, `step` apart.
@@ -282,7 +246,6 @@ class Update {
         if (p < panels_u) packed_u(group).pack_columns(g.U, adapter * g.stride_U, p * kNr);
         else packed_v(group).pack_columns(g.V, adapter * g.stride_V, (p - panels_u) * kNr);
       }
-      auto nothing = []() -> const void* const* { return nullptr; };
       int64_t most = block_rows, ldc = 0;
       for (const Columns& c : changed) ldc = std::max(ldc, round_up(std::min(c.chunk(), columns), kNr));
       Buffer centred(most * round_up(width, kSum)), own(most * round_up(rank, kSum)), change(most * ldc);
@@ -297,15 +260,15 @@ class Update {
         if (width == 0) std::fill_n(own.get(), most * round_up(rank, kSum), 0.0f);
         for (int64_t k = 0; k < width; k += kSum)
           for (int64_t j = 0; j < rank; j += kNr)
-            multiply_rows(hidden, k, u.panel(k, j), std::min(kSum, width - k), low.at(0, j), kSum, k > 0, nothing);
+            multiply_rows(hidden, k, u.panel(k, j), std::min(kSum, width - k), low.at(0, j), kSum, k > 0);
         const Columns& c = columns_at(group);
         for (int64_t from = 0; from < c.count; from += c.chunk()) {
           int64_t count = std::min(c.chunk(), c.count - from);
           if (rank == 0) std::fill_n(change.get(), most * ldc, 0.0f);
           for (int64_t j = 0; j < count; j += kNr)
             for (int64_t k = 0; k < rank; k += kSum)
-              multiply_rows(low, k, v.panel(k, from + j), std::min(kSum, rank - k), change.get() + j, ldc, k > 0, nothing);
-          for (int64_t i = 0; i < rows; ++i) add(row_order[first + i], group, from, count, change.get() + i * ldc);
+              multiply_rows(low, k, v.panel(k, from + j), std::min(kSum, rank - k), change.get() + j, ldc, k > 0);
+          add(group, first, rows, from, count, change.get(), ldc);
         }
       }
     }

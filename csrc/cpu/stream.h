@@ -27,23 +27,14 @@ struct Rows {
 // Vectors of columns for R rows: sums enough to keep the multipliers busy.
 constexpr int vectors(int64_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : rows <= kMr ? 2 : 1; }
 
-// What a product fetches meanwhile: with step k the line at lines[k] and those at next + k * step.
-struct Meanwhile {
-  const void* const* lines;
-  const char* next = nullptr;
-  int64_t step = 0;
-};
-constexpr int kNothing = -1;
-
 // out[i * ldo + j] (+)= sum_k a[i * kSum + k] b[k * ldb + j] for R rows and C vectors, k < depth <= kSum. Each step fetches
-// one of the `lines` and kFetch at `next`, or, with kFetch = kNothing, nothing.
+// kFetch lines, those at next + k * step.
 template <int R, int C, int kFetch, class T>
 inline void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, float* out, int64_t ldo, bool accumulate,
-                     Meanwhile fetch) {
+                     const char* next, int64_t step) {
   vf sum[R][C] = {};
-  for (int64_t k = 0; k < depth; ++k, b += ldb, fetch.next += fetch.step) {
-    if (kFetch != kNothing) __builtin_prefetch(fetch.lines[k], 1);
-    for (int line = 0; line < kFetch; ++line) __builtin_prefetch(fetch.next + 64 * line);
+  for (int64_t k = 0; k < depth; ++k, b += ldb, next += step) {
+    for (int line = 0; line < kFetch; ++line) __builtin_prefetch(next + 64 * line);
     vf row[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) row[c] = load(b + c * kLanes);
@@ -62,13 +53,12 @@ inline void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, flo
 }
 
 template <class T>
-using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, Meanwhile);
+using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, const char*, int64_t);
 
 template <size_t... i>
-inline Kernel<float> panel_kernel(int64_t rows, int next, std::index_sequence<i...>) {
-  static constexpr Kernel<float> table[][3] = {
-      {multiply<i + 1, 2, kNothing, float>, multiply<i + 1, 2, 0, float>, multiply<i + 1, 2, 1, float>}...};
-  return table[rows - 1][next - kNothing];
+inline Kernel<float> panel_kernel(int64_t rows, bool fetch, std::index_sequence<i...>) {
+  static constexpr Kernel<float> table[][2] = {{multiply<i + 1, 2, 0, float>, multiply<i + 1, 2, 1, float>}...};
+  return table[rows - 1][fetch];
 }
 
 template <class T, size_t... i>
@@ -78,17 +68,15 @@ inline Kernel<T> direct_kernel(int64_t rows, std::index_sequence<i...>) {
   return table[rows - 1];
 }
 
-// out [a.rows, kNr] (+)= columns [k, k + depth) of a times a packed panel [depth, kNr]. Each kMr rows take new `lines()` to
-// fetch, the first of them also one of the `width` bytes at next.
-template <class F>
+// out [a.rows, kNr] (+)= columns [k, k + depth) of a times a packed panel [depth, kNr]. The first of each kMr rows fetch one
+// line each of the `width` bytes at next.
 inline void multiply_rows(Rows a, int64_t k, const float* panel, int64_t depth, float* out, int64_t ldo, bool accumulate,
-                          F lines, const char* next = nullptr, int64_t step = 0, int64_t width = 0) {
+                          const char* next = nullptr, int64_t step = 0, int64_t width = 0) {
   int64_t blocks = ceil_div(a.rows, kMr);
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t i = a.rows * block / blocks, rows = a.rows * (block + 1) / blocks - i;
-    Meanwhile fetch{lines(), next + 64 * block, step};
-    auto kernel = panel_kernel(rows, !fetch.lines ? kNothing : 64 * block < width, std::make_index_sequence<kMr>());
-    kernel(a.at(i, k), panel, kNr, depth, out + i * ldo, ldo, accumulate, fetch);
+    auto kernel = panel_kernel(rows, 64 * block < width, std::make_index_sequence<kMr>());
+    kernel(a.at(i, k), panel, kNr, depth, out + i * ldo, ldo, accumulate, next + 64 * block, step);
   }
 }
 
@@ -103,11 +91,9 @@ inline void stage(const T* b, int64_t ldb, int64_t depth, int64_t width, float* 
 inline bool direct(int64_t rows, int64_t width) { return rows <= kMr || (rows <= kDirect && width % kLanes == 0); }
 inline int64_t tile_width(int64_t rows, int64_t width) { return direct(rows, width) ? vectors(rows) * kLanes : kNr; }
 
-// y [a.rows, width rounded up to kNr] = columns [0, depth) of a times b [depth, width]. What is read after that is `then`;
-// each product takes new `lines()` to fetch.
-template <class T, class F>
-inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width, const T* then, float* y, int64_t ldy,
-                   F lines) {
+// y [a.rows, width rounded up to kNr] = columns [0, depth) of a times b [depth, width]. What is read after that is `then`.
+template <class T>
+inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width, const T* then, float* y, int64_t ldy) {
   alignas(64) float panel[kSum * kNr];
   const int64_t across = tile_width(a.rows, width), row = ceil_div(width, across), tiles = ceil_div(depth, kSum) * row;
   const int64_t step = ldb * sizeof(T);
@@ -119,20 +105,14 @@ inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width
     const char* next = reinterpret_cast<const char*>(tile(t + kNext));
     if (direct(a.rows, width) && width - j >= across) {
       auto kernel = direct_kernel<T>(a.rows, std::make_index_sequence<kDirect>());
-      kernel(a.at(0, k), tile(t), ldb, steps, y + j, ldy, k > 0, {lines(), next, step});
+      kernel(a.at(0, k), tile(t), ldb, steps, y + j, ldy, k > 0, next, step);
       continue;
     }
     for (int64_t c = j; c < std::min(j + across, width); c += kNr) {
       stage(tile(t) + c - j, ldb, steps, width - c, panel);
-      multiply_rows(a, k, panel, steps, y + c, ldy, k > 0, lines, next, step, kNr * sizeof(T));
+      multiply_rows(a, k, panel, steps, y + c, ldy, k > 0, next, step, kNr * sizeof(T));
     }
   }
-}
-
-// How often `stream` calls `lines`.
-inline int64_t stream_calls(int64_t rows, int64_t depth, int64_t width) {
-  int64_t across = tile_width(rows, width), panels = width / across * (direct(rows, width) ? 1 : ceil_div(rows, kMr));
-  return ceil_div(depth, kSum) * (panels + ceil_div(width % across, kNr) * ceil_div(rows, kMr));
 }
 
 }  // namespace CHASSIS_ISA
