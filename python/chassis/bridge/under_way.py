@@ -38,7 +38,7 @@ class UnderWay:
             self._encodings.clear()
             self._tails.clear()
         missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
-        alone = self._ids_of(list(map(bytes.decode, missing)))
+        alone = self.mask.tokens.tuples_of(list(map(bytes.decode, missing)))
         self._encodings.update((data, (ids,)) for data, ids in zip(missing, alone, strict=True))
         moved = self._moved({ids[-1] for ids in alone if ids})
         self._before_others([data for data, ids in zip(missing, alone, strict=True) if ids and ids[-1] in moved])
@@ -49,10 +49,10 @@ class UnderWay:
         alone: a text that ends with another token is encoded in one way."""
         texts = self.mask.texts
         asked = [token for token in tokens if token not in self._stays and texts[token] is not None]
-        found = iter(self.mask.tokens.ids_of([texts[token] + after for token in asked for after in FOLLOWING]))
+        found = iter(self.mask.tokens.tuples_of([texts[token] + after for token in asked for after in FOLLOWING]))
         self._stays |= dict.fromkeys(tokens - self._stays.keys(), False)
         for token in asked:
-            self._stays[token] = all([next(found)[:1] == [token] for _ in FOLLOWING])
+            self._stays[token] = all([next(found)[:1] == (token,) for _ in FOLLOWING])
         return {token for token in tokens if not self._stays[token]}
 
     def _before_others(self, beginnings: list[bytes]) -> None:
@@ -60,7 +60,7 @@ class UnderWay:
         tell that, unless alone they are not encoded as they are there."""
         tails = {data: self._tail(data) for data in beginnings}
         missing = [tail for tail in dict.fromkeys(tails.values()) if tail and tail not in self._tails]
-        alone = self._ids_of(list(map(bytes.decode, missing)))
+        alone = self.mask.tokens.tuples_of(list(map(bytes.decode, missing)))
         for tail, ids, others in zip(missing, alone, self._others(missing), strict=True):
             self._tails[tail] = ids, tuple(other for other in others if other != ids)
         whole = []
@@ -86,7 +86,7 @@ class UnderWay:
     def _others(self, beginnings: list[bytes]) -> list[list[Tokens]]:
         """The encodings of each beginning before FOLLOWING[1:], where one of its tokens ends with it."""
         texts = [data.decode() + after for data in beginnings for after in FOLLOWING[1:]]
-        encoded, found = self._ids_of(texts), []
+        encoded, found = self.mask.tokens.tuples_of(texts), []
         for place, data in enumerate(beginnings):
             own: list[Tokens] = []
             for i in range(place * (len(FOLLOWING) - 1), (place + 1) * (len(FOLLOWING) - 1)):
@@ -96,9 +96,6 @@ class UnderWay:
                     own.append(encoded[i][:n])
             found.append(own)
         return found
-
-    def _ids_of(self, texts: list[str]) -> list[Tokens]:
-        return list(map(tuple, self.mask.tokens.ids_of(texts)))
 
     def _ends(self, ids: Tokens, text: str) -> list[int]:
         """Bytes [n] of the text at which its tokens end; an unknown token has none of its own, these are reported."""

@@ -125,6 +125,10 @@ class TokenBytes:
         """Token ids alone, of texts that are normalised already: the fast way through many short ones."""
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def tuples_of(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """`ids_of` as tuples. The garbage collector leaves them alone; of many lists it would visit all there is."""
+        return [tuple(encoding.ids) for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+
     def _encoded(self, text: str, ids: list[int]) -> Encoded:
         ids, data = np.array(ids, dtype=np.int64), text.encode()
         if self.lossy or not self.is_text[ids].all():
