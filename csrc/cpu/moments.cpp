@@ -8,20 +8,11 @@
 // results depend neither on the number of threads nor on the other layers. Centring uses c = fp32(m); the exact
 // -n2 (m - c)^T (m - c) removes what that rounding left.
 #include <algorithm>
-#include <cstdlib>
 #include <deque>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/gemm.h"
-#include "cpu/ops.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-inline int omp_get_max_threads() { return 1; }
-#endif
+#include "cpu/tensor.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
@@ -36,13 +27,6 @@ constexpr int64_t kSlabRows = 3 * kKc;  // rows summed in fp32 before the fp64 m
 constexpr int64_t kDot = 192;          // rows summed at a time: with 384 the diagonal's error doubles
 constexpr int64_t kBlockPanels = 4;    // B panels a job keeps in L2
 constexpr int64_t kAlone = 1 << 16;    // values read, or 32 multiply-adds each, that one thread does sooner than several
-
-using Buffer = std::unique_ptr<float, decltype(&std::free)>;
-Buffer allocate(int64_t floats) {
-  void* p = std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(floats, 1) * 4, 64)));
-  if (!p) throw std::bad_alloc();
-  return {static_cast<float*>(p), &std::free};
-}
 
 // The rows that count: all of them, or those of non-zero weight (the others are never read).
 struct Rows {
@@ -76,13 +60,6 @@ struct Side {
 
   int64_t left_width() const { return on_left ? round_up(rows.cols, kMr) : 0; }
   int64_t width() const { return left_width() + round_up(rows.cols, kNr); }
-
-  template <class Use>
-  void typed(Use use) const {
-    if (rows.dtype == DType::bf16) use(static_cast<const bf16*>(rows.data));
-    else if (rows.dtype == DType::fp16) use(static_cast<const fp16*>(rows.data));
-    else use(static_cast<const float*>(rows.data));
-  }
 };
 
 using Sides = std::vector<Side*>;
@@ -116,7 +93,7 @@ void find_means(const Sides& sides) {
     const Part& part = parts[unit];
     const Rows& batch = *part.side->batch;
     double* sums = partial.data() + unit * kGroup;
-    part.side->typed([&](auto* data) {
+    with_type(part.side->rows, [&](auto* data) {
       for (int64_t k = part.row; k < part.row + part.rows; ++k) {
         const auto* row = data + (batch.index.empty() ? k : batch.index[k]) * part.side->rows.stride + part.column;
         const double weight = batch.weight.empty() ? 1.0 : batch.weight[k];
@@ -144,8 +121,8 @@ void pack_slab(const Sides& sides, int64_t begin, int64_t depth) {
     const Part& part = parts[unit];
     const Side& side = *part.side;
     const int64_t k = part.row - begin;
-    side.typed([&](auto* data) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    with_type(side.rows, [&](auto* data) {
+      using T = std::remove_pointer_t<decltype(data)>;
       Operand<T> all{data, 1, side.rows.stride, side.centre.data()};
       if (!side.batch->index.empty()) all.index = side.batch->index.data(), all.weight = side.batch->weight.data();
       for (int64_t j = part.column; side.on_left && j < part.column + part.columns; j += kMr)
@@ -313,7 +290,7 @@ void update(const Team& team) {
   const std::vector<Job> jobs = plan(layers, products);
   int64_t multiply_adds = 0;
   for (const Product& p : products) multiply_adds += slab * p.a->rows.cols * p.b->rows.cols;
-  const Buffer packed = allocate(width * slab);
+  const Buffer packed(width * slab);
   for (int64_t begin = 0; begin < n; begin += slab) {
     const int64_t depth = std::min(slab, n - begin);
     float* place = packed.get();

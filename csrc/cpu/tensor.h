@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "cpu/ops.h"
 #include "cpu/simd.h"
@@ -26,9 +27,14 @@ inline void with_type(const Matrix& m, F f) {
   else f(static_cast<float*>(m.data));
 }
 
-// Uninitialised: touching the pages of a zeroed buffer can cost more than the products that will fill it.
-struct Buffer : std::unique_ptr<float[]> {
-  explicit Buffer(int64_t n) : std::unique_ptr<float[]>(new float[std::max<int64_t>(n, 1)]) {}
+// Uninitialised: touching the pages of a zeroed buffer can cost more than the products that will fill it. No vector that starts
+// at a multiple of kLanes crosses a cache line.
+struct Release {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+struct Buffer : std::unique_ptr<float[], Release> {
+  explicit Buffer(int64_t n)
+      : unique_ptr(static_cast<float*>(::operator new[](sizeof(float) * std::max<int64_t>(n, 1), std::align_val_t{64}))) {}
 };
 
 // `store`, with the rounding to bf16 done on the whole vector.
