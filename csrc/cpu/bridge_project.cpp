@@ -4,8 +4,6 @@
 //
 // A thread takes kLanes rows at a time and keeps their exponentials by expert token, e[t][row]: one entry (t, weight) of a
 // base token is then one load and one product for all of the rows. Below kLanes / 4 rows they are taken one by one, e[t].
-#include <utility>
-
 #include "cpu/gemm.h"
 #include "cpu/logit_rows.h"
 
@@ -16,56 +14,21 @@ namespace {
 constexpr int64_t kChunk = 256;      // tokens whose exponentials wait in L1 to be transposed
 constexpr int64_t kAhead = 32;       // entries between a prefetch and its use
 constexpr float kNoWeight = 1e-30f;  // a share of the logits below this counts as none
-const float kInfinity = std::numeric_limits<float>::infinity();
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define CHASSIS_SHUFFLES
-#endif
-#endif
-#ifdef CHASSIS_SHUFFLES
-template <int from, int... i>
-inline vf interleave(vf a, vf b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (from + i / 2 + i % 2 * kLanes)...);
-}
-
-// Each step moves the top bit of an element's row to the end of its (row, lane) address.
-inline void transpose(vf (&x)[kLanes]) {
-  constexpr std::make_integer_sequence<int, kLanes> lanes{};
-  for (int step = 1; step < kLanes; step *= 2) {
-    vf y[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      y[2 * i] = interleave<0>(x[i], x[i + kLanes / 2], lanes);
-      y[2 * i + 1] = interleave<kLanes / 2>(x[i], x[i + kLanes / 2], lanes);
-    }
-    std::memcpy(x, y, sizeof y);
-  }
-}
-#else
-inline void transpose(vf (&x)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < i; ++j) {
-      float lower = x[i][j];
-      x[i][j] = x[j][i];
-      x[j][i] = lower;
-    }
-}
-#endif
 
 // log(x), and -inf below the smallest normal number.
 inline vf log_or_nothing(vf x) {
   vf value = log_positive(x);
-  return x < splat(FLT_MIN) ? splat(-kInfinity) : value;
+  return x < splat(FLT_MIN) ? splat(-kInf) : value;
 }
 
 template <class T>
 float row_max(const T* z, int64_t n) {
-  vf best = splat(-kInfinity);
+  vf best = splat(-kInf);
   int64_t t = 0;
   for (; t + kLanes <= n; t += kLanes) best = vmax(load(z + t), best);
   float top = max(best);
   for (; t < n; ++t) top = std::max(top, to_float(z[t]));
-  if (top == -kInfinity && std::any_of(z, z + n, [](T x) { return to_float(x) != to_float(x); })) return NAN;
+  if (top == -kInf && std::any_of(z, z + n, [](T x) { return to_float(x) != to_float(x); })) return NAN;
   return top;
 }
 
@@ -113,20 +76,20 @@ class Rows {
   void read_logits() {
     float top[R];
     for (int r = 0; r < R; ++r) {
-      sums[r] = {}, scale[r] = 1, factor[r] = 1, top[r] = -kInfinity;
+      sums[r] = {}, scale[r] = 1, factor[r] = 1, top[r] = -kInf;
       const bool there = r < count && !(in.log_weight && std::exp(in.log_weight[first + r]) < kNoWeight);
       if (there) with_type(in.logits, [&](auto* z) { top[r] = row_max(z + (first + r) * in.logits.stride, in.width); });
     }
     for (int64_t t = 0; t < in.width; t += kChunk) {
       for (int r = 0; r < R; ++r) {
         float* x = R == 1 ? e.get() + t : chunk + r * kChunk;
-        if (top[r] == -kInfinity) std::fill(x, x + kChunk, 0.0f);
+        if (top[r] == -kInf) std::fill(x, x + kChunk, 0.0f);
         else with_type(in.logits, [&](auto* z) { read(z + (first + r) * in.logits.stride, t, top[r], x, sums[r]); });
       }
       if (R > 1) by_token(e.get() + t * R, std::min(kChunk, in.n_rows - t));
     }
     for (int r = 0; r < R; ++r) {
-      if (top[r] == -kInfinity) continue;
+      if (top[r] == -kInf) continue;
       const double weight = in.log_weight ? std::exp(double(in.log_weight[first + r])) : 1.0, unit = weight / sums[r].total;
       scale[r] = float(unit);
       sums[r] = {weight, sums[r].mass * unit, sums[r].spread * unit};
@@ -147,7 +110,7 @@ class Rows {
     int64_t t = 0;
     for (; t + kLanes <= n; t += kLanes) step(t, load(z + from + t), load(in.row_sum + from + t), load(in.spread + from + t));
     if (t < n) {  // as if logits of -inf followed: a padded head gives the same bits
-      vf rest = splat(-kInfinity);
+      vf rest = splat(-kInf);
       for (int64_t i = t; i < n; ++i) rest[i - t] = to_float(z[from + i]);
       step(t, rest, load_line(in.row_sum + from + t, 1, n - t), load_line(in.spread + from + t, 1, n - t));
     }

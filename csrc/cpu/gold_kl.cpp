@@ -17,7 +17,6 @@ namespace CHASSIS_ISA {
 namespace {
 
 constexpr float kEps = 1e-10f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kHidden = -1;    // in place of a probability that must not be ranked
 constexpr int64_t kPairs = 512;  // mapped pairs gathered at a time
 
@@ -88,7 +87,7 @@ struct Side {
   template <class T>
   vf at(const T* z, int64_t i) const {
     if (i + kLanes <= logits.cols) return load(z + i);
-    vf v = splat(-kInfinity);
+    vf v = splat(-kInf);
     for (int64_t j = i; j < logits.cols; ++j) v[j - i] = to_float(z[j]);
     return v;
   }
@@ -207,12 +206,12 @@ struct Worker {
   void common(float weight, int64_t c) {
     alignas(64) float a[kPairs], b[kPairs];
     double total = 0;
-    float best_a = -kInfinity, best_b = -kInfinity;
+    float best_a = -kInf, best_b = -kInf;
     int64_t place_a = 0, place_b = 0;
     for (int64_t from = 0; from < in.pairs; from += kPairs) {
       const int64_t n = std::min(kPairs, in.pairs - from), padded = ceil_div(n, kLanes) * kLanes;
       for (int64_t i = 0; i < n; ++i) a[i] = student.mean[in.students[from + i]], b[i] = teacher.mean[in.teachers[from + i]];
-      std::fill(a + n, a + padded, -kInfinity), std::fill(b + n, b + padded, -kInfinity);
+      std::fill(a + n, a + padded, -kInf), std::fill(b + n, b + padded, -kInf);
       raise(a, padded, from, best_a, place_a), raise(b, padded, from, best_b, place_b);
       vf part = {};
       for (int64_t i = 0; i < padded; i += kLanes) {
@@ -228,7 +227,7 @@ struct Worker {
 
   // A larger value among x[0..n), and its first place counted from `from`.
   static void raise(const float* x, int64_t n, int64_t from, float& best, int64_t& place) {
-    vf top = splat(-kInfinity);
+    vf top = splat(-kInf);
     for (int64_t i = 0; i < n; i += kLanes) top = vmax(load(x + i), top);
     const float here = max(top);
     if (here > best) best = here, place = from + (std::find(x, x + n, here) - x);

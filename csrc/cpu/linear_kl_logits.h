@@ -16,7 +16,6 @@ constexpr int64_t kBlock = 96 / kMr * kMr;  // rows
 constexpr int64_t kSum = 128;               // additions per running sum: longer ones lose digits
 constexpr int64_t kPairSum = 1024;          // the same for pairs of bf16, which have fewer to lose
 static_assert(kTile % kNr == 0, "panels must be whole");
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // One term of the logits: left [rows, depth] times right, which is [columns, depth] or, across, [depth, columns].
 struct Product {

@@ -94,7 +94,7 @@ struct Order {
   using Key = float;
   using Keys = vf;
   static constexpr int lanes = kLanes;
-  static Key least() { return -std::numeric_limits<float>::infinity(); }
+  static Key least() { return -kInf; }
   static Keys splat(Key key) { return CHASSIS_ISA::splat(key); }
   static Keys keys(const T* x) { return load(x); }
   static Key key(T x) { return to_float(x); }

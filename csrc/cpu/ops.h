@@ -169,7 +169,6 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
   void token_kl(const TokenKL& args, const TokenKLResult& out);                                                  \
   void gold_kl(const GoldKL& args, const GoldKLResult& out);                                                     \
-  void gold_kl_backward(const GoldKL& args, const float* weight_common, const float* weight_l1, const Matrix& grad);  \
   void bridge_project(const BridgeProject& args, const BridgeProjectResult& out);
 
 #ifdef CHASSIS_HAVE_AVX512

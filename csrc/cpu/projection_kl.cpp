@@ -20,13 +20,12 @@ namespace CHASSIS_ISA {
 namespace {
 
 constexpr float kEps = 1e-10f;
-const float kInfinity = std::numeric_limits<float>::infinity();
 enum Divergence : int64_t { kForward, kReverse, kJensenShannon };
 constexpr int64_t kKeep = 4;  // rows of a chunk whose probabilities stay in cache; longer chunks compute them again
 
 // The first place of the largest of x[0..n), n a multiple of kLanes and below 2^31.
 inline int64_t argmax(const float* x, int64_t n) {
-  vf best = splat(-kInfinity);
+  vf best = splat(-kInf);
   vi where = {}, now;
   for (int i = 0; i < kLanes; ++i) now[i] = i;
   for (int64_t i = 0; i < n; i += kLanes, now += kLanes) {
@@ -46,7 +45,7 @@ struct Edge { int32_t row, position; float weight; };
 struct Edges {
   std::vector<Edge> first, rest;
   explicit Edges(const ProjectionKL& in) {
-    std::vector<int32_t> next(in.width + 1, 0);
+    std::vector<int64_t> next(in.width + 1, 0);
     for (int64_t j = 0; j < in.k; ++j)
       for (int64_t e = in.start[in.columns[j]]; e < in.start[in.columns[j] + 1]; ++e) ++next[in.rows[e] + 1];
     std::partial_sum(next.begin(), next.end(), next.begin());
@@ -243,13 +242,13 @@ struct Worker {
   void add_teacher(const T* x) {
     vf top = splat(-FLT_MAX);
     for (int64_t j = 0; j < in.k; ++j) t[j] = to_float(x[columns[j]]);
-    std::fill(t + in.k, t + small.stride, -kInfinity);
+    std::fill(t + in.k, t + small.stride, -kInf);
     for (int64_t j = 0; j < small.stride; j += kLanes) top = vmax(load(t + j), top);
     float* others = whole.row(0);
     if (in.tail) {
       for (int64_t i = 0; i < in.vocabulary; ++i) others[i] = to_float(x[i]);
-      for (int64_t j = 0; j < in.k; ++j) others[columns[j]] = -kInfinity;
-      std::fill(others + in.vocabulary, others + whole.stride, -kInfinity);
+      for (int64_t j = 0; j < in.k; ++j) others[columns[j]] = -kInf;
+      std::fill(others + in.vocabulary, others + whole.stride, -kInf);
       for (int64_t i = 0; i < whole.stride; i += kLanes) top = vmax(load(others + i), top);
     }
     const float best = max(top);
@@ -271,9 +270,9 @@ struct Worker {
   void compare(float n, float n_teacher, float factor, int64_t c) {
     const float share = 1 / (n_teacher + kEps), floor = log_positive(splat(kEps))[0];
     for (int64_t j = 0; j < small.stride; j += kLanes) store(Q + j, (load(Q + j) - lse) * share);
-    if (out.kl) std::fill(Q + in.k, Q + small.stride, -kInfinity);
+    if (out.kl) std::fill(Q + in.k, Q + small.stride, -kInf);
     int64_t preferred = out.kl ? argmax(Q, small.stride) : 0;
-    std::fill(Q + in.k, Q + small.stride, in.divergence == kJensenShannon ? -kInfinity : floor);  // with a = 0 adds exactly 0
+    std::fill(Q + in.k, Q + small.stride, in.divergence == kJensenShannon ? -kInf : floor);  // with a = 0 adds exactly 0
     double sum_a = sum_blocks(small.stride, [&](int64_t j) { return load(a + j); }), sum_q = 0;
     if (in.tail) {
       Q[in.k] = tail * share;

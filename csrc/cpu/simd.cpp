@@ -1,7 +1,5 @@
 // The shared vector exponential and conversions over an array: lets the tests measure them against libm and torch.
-#include "cpu/simd.h"
-
-#include "cpu/ops.h"
+#include "cpu/tensor.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
@@ -21,19 +19,10 @@ void convert_row(const From* x, To* out, int64_t n) {
   for (; i < n; ++i) from_float(to_float(x[i]), out[i]);
 }
 
-template <class To>
-void convert_to(const Matrix& x, To* out) {
-  if (x.dtype == DType::bf16) convert_row(static_cast<const bf16*>(x.data), out, x.cols);
-  else if (x.dtype == DType::fp16) convert_row(static_cast<const fp16*>(x.data), out, x.cols);
-  else convert_row(static_cast<const float*>(x.data), out, x.cols);
-}
-
 }  // namespace
 
 void convert(const Matrix& x, const Matrix& out) {
-  if (out.dtype == DType::bf16) convert_to(x, static_cast<bf16*>(out.data));
-  else if (out.dtype == DType::fp16) convert_to(x, static_cast<fp16*>(out.data));
-  else convert_to(x, static_cast<float*>(out.data));
+  with_type(x, [&](auto* from) { with_type(out, [&](auto* to) { convert_row(from, to, x.cols); }); });
 }
 
 }  // namespace CHASSIS_ISA

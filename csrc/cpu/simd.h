@@ -1,4 +1,4 @@
-// One fp32 vector type per instruction set, written with the GCC/Clang vector extensions so that the same kernel source
+// One vector type of fp32, and of fp64, per instruction set, written with the GCC/Clang vector extensions so that the same kernel source
 // compiles for AVX-512, AVX2, NEON and plain C++. setup.py compiles every kernel once per instruction set with CHASSIS_ISA
 // naming the variant; everything here lives in that namespace so that the variants never mix.
 #pragma once
@@ -26,6 +26,8 @@ typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef double vd __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };

@@ -16,8 +16,6 @@ namespace chassis {
 namespace CHASSIS_ISA {
 namespace {
 
-const float kInfinity = std::numeric_limits<float>::infinity();
-
 constexpr int64_t kSparse = 8;  // columns for each of J, from which on J is sparse
 constexpr int64_t kSoon = 256;  // columns of J between a fetch and its use
 
@@ -102,7 +100,7 @@ struct Side {
   template <class T>
   Side(const T* z, const Columns& columns, int64_t k, int64_t padded, float* x) : x(x) {
     gather(z, columns, k, x);
-    std::fill(x + k, x + padded, -kInfinity);
+    std::fill(x + k, x + padded, -kInf);
     vf top = splat(-FLT_MAX);
     for (int64_t j = 0; j < padded; j += kLanes) top = vmax(load(x + j), top);
     best = max(top);
