@@ -1,5 +1,7 @@
 """delta_logits_ without torch's dispatcher: the same bits, hidden from nobody who watches, and no read out of bounds."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support import backends_of
@@ -147,3 +149,23 @@ def test_another_backend_that_is_asked_for_runs(backend):
 def test_float64_goes_to_the_reference():
     arguments, options = cast(*problem(), torch.Tensor.double)
     assert torch.equal(delta_logits_(*arguments, **options), truth(*problem()))
+
+
+def test_python_threads_do_not_share_scratch_memory():
+    problems = [problem(9, 300, 20, 60, 400, seed=seed) for seed in range(4)]
+    wanted = [truth(*each) for each in problems]
+
+    def call(which):
+        (logits, *rest), options = problems[which % 4]
+        return [delta_logits_(logits.clone(), *rest, **options) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for which, found in enumerate(pool.map(call, range(8))):
+            for each in found:
+                torch.testing.assert_close(each.double(), wanted[which % 4], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_need_more_scratch_memory_than_is_kept():
+    arguments, options = problem(1500, 512, 128, 64, 100, adapters=12)  # 8 parts of 1500 sums of 128: more than 2^20
+    want = truth(arguments, options)
+    torch.testing.assert_close(delta_logits_(*arguments, **options).double(), want, rtol=1e-5, atol=1e-5)
