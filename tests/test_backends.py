@@ -105,7 +105,6 @@ def negated(value):
     return value
 
 
-
 WITHOUT_EXTENSION = """
 import sys
 sys.modules["chassis_kernels._C"] = None  # importing it now fails, as if it had not been built
