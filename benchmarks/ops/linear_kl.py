@@ -1,7 +1,7 @@
 """KL per row between two heads' softmaxes, against two [N, V] products and log_softmax.
 
-`gemm` is eager's two products alone. With r > 0 the first logits carry a rank-r change, and the gradients for its factors
-are part of the result.
+With r > 0 the first logits carry a rank-r change, and the gradients for its factors are part of the result. `gemm` is the
+products alone: two of depth D and, with r > 0, three of rank r.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def case(N: int, D: int, V: int, dtype: str, r: int = 0) -> Case:
         parts = zip(*(t.split(CHUNK) for t in (h_a, h_b, u)), strict=True)
         return torch.cat([eager(a, W_a, b, W_b, *((part, *shared) if factors else ())) for a, b, part in parts])
 
+    def gemm(h_a, W_a, h_b, W_b, *factors):
+        logits = h_a @ W_a.T, h_b @ W_b.T
+        if not factors:
+            return logits
+        u, v, _ = factors
+        change = u @ v
+        return *logits, change @ v.T, u.T @ change  # as if it were the gradient
+
     def chassis(h_a, W_a, h_b, W_b, *factors):
         return linear_kl(h_a, W_a, h_b, W_b, delta=Delta(*factors) if factors else None)
 
@@ -75,7 +83,7 @@ def case(N: int, D: int, V: int, dtype: str, r: int = 0) -> Case:
         {
             "eager": provider(eager),
             "chassis": provider(chassis, op="linear_kl"),
-            "gemm": products(lambda h_a, W_a, h_b, W_b, *factors: (h_a @ W_a.T, h_b @ W_b.T)),
+            "gemm": products(gemm),
             "chunked": provider(chunked),
             "compile": provider(eager, compile_it=True),
         },
