@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chassis_kernels import backends
+from chassis_kernels import backends, pages
 from chassis_kernels.bridge_table import BlockedTokens, BridgeTable
 from chassis_kernels.reference import bridge_project as reference
 from chassis_kernels.reference.precision import compute_dtype
@@ -117,7 +117,7 @@ def _check(logits, table, log_probs, ids, log_weight, blocked, previous, tempera
 def _cpu(logits, log_probs, ids, log_weight, *arguments):
     *tensors, width, temperature, normalize = arguments
     rows, n_base = logits.shape[0], len(tensors[0]) - 1
-    out = torch.empty(rows, n_base), torch.empty(rows), torch.empty(rows)
+    out = pages.empty((rows, n_base), torch.float32), torch.empty(rows), torch.empty(rows)
     logits = backends.rows_contiguous(logits)
     log_probs, log_weight = (None if t is None else t.float().contiguous() for t in (log_probs, log_weight))
     given = log_probs, ids, log_weight, *tensors

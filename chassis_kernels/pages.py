@@ -1,7 +1,7 @@
-"""Memory for large gradients: 2 MiB pages, and freed blocks kept for the next gradients.
+"""Memory for large results, gradients above all: 2 MiB pages, and freed blocks kept for the next ones.
 
-The kernel zeroes every page that a process first touches, which takes longer than the loss that fills it; malloc hands
-blocks above 32 MiB back each time they are freed, so that a gradient of that size would pay on every step.
+The kernel zeroes every page that a process first touches, which takes longer than the op that fills it; malloc hands
+blocks above 32 MiB back each time they are freed, so that a result of that size would pay on every step.
 """
 
 from __future__ import annotations
