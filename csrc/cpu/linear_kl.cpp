@@ -158,15 +158,12 @@ struct Problem {
     }
   }
 
-  // Calls f(tile, column, columns) for every tile of this thread, the last one first where it is `back`.
+  // Calls f(tile, column, columns) for every tile of this thread.
   template <class F>
-  void each_tile(F f, bool back = false) const {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t begin = tiles * thread / team, end = tiles * (thread + 1) / team;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = back ? begin + end - 1 - i : i;
+  void each_tile(F f) const {
+    int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    for (int64_t t = tiles * thread / team; t < tiles * (thread + 1) / team; ++t)
       f(t, t * kTile, std::min(kTile, vocabulary - t * kTile));
-    }
   }
 
   // Calls f(t, column, columns, za, zb) with the logits [rows, kTile] of a chunk of packed rows, for every tile of this thread.
@@ -361,7 +358,8 @@ void linear_kl_backward(const LinearKL& args, const float* grad, const double* l
       gradients.tile(column, columns, scratch);
       for (int64_t i = 0; i < rows; i += kBlock) {
         const int64_t count = std::min(kBlock, rows - i);
-        gradients.block(first, rows, i, count, column, columns, gradients.exponentials(first + i, count, za + i * kTile, zb + i * kTile, scratch), scratch);
+        const Exponentials e = gradients.exponentials(first + i, count, za + i * kTile, zb + i * kTile, scratch);
+        gradients.block(first, rows, i, count, column, columns, e, scratch);
       }
     });
     gradients.finish(first, rows);
