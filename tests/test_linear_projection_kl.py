@@ -120,7 +120,7 @@ def test_error_does_not_grow_with_the_number_of_blocks(keep, monkeypatch):
 def test_a_bfloat16_head_has_float32_sums_only_where_they_are_the_smaller(rows, kind, monkeypatch):
     made, empty = [], module.pages.empty
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(module.pages, "empty", lambda shape, dtype: made.append(dtype) or empty(shape, dtype))
+    monkeypatch.setattr(module.pages, "empty", lambda shape, dtype, *at: made.append(dtype) or empty(shape, dtype, *at))
     with backends.use_backend("cpu"):
         check(problem(1, rows, 11, d=20, c=2).to(torch.bfloat16))
     assert made[0] == kind
