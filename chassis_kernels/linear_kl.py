@@ -13,7 +13,7 @@ from torch import Tensor
 from chassis_kernels import backends, pages
 from chassis_kernels.reference import linear_kl as reference
 
-KEPT_ROWS = 288  # whose logits exist together where gradients are made with the KL
+KEPT_ROWS = 288  # whose exponentials exist together where gradients are made with the KL
 TILE = 128  # columns, as in csrc/cpu/linear_kl_logits.h
 
 _INPUTS = (

@@ -81,6 +81,14 @@ def test_whoever_watches_a_call_sees_the_op():
         assert delta_logits_(*fake[:5], cols=fake[5]).shape == (5, 50)
 
 
+def test_logits_of_inference_mode_are_taken():
+    arguments, options = problem()
+    want = truth(arguments, options)
+    with torch.inference_mode():
+        found = delta_logits_(arguments[0].clone(), *arguments[1:], **options)
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_transform_wraps_never_reaches_the_kernel():
     arguments, options = problem()
     batch = arguments[0].expand(2, -1, -1).clone()

@@ -2,13 +2,13 @@
 //
 //   a = cap(scale_a (h_a W_a^T + u v + shift_a)),  b = cap(scale_b (h_b W_b^T + shift_b)) or given,  cap(z) = s tanh(z / s)
 //
-// Each thread takes a range of the vocabulary. It packs a tile of both heads, multiplies it with every block of rows and
-// folds the two tiles of logits into a running state per row, relative to the running maxima m_a and m_b:
+// Each thread takes a range of the vocabulary. It packs a tile of both heads, a panel at a time, multiplies it with all rows
+// and folds the two tiles of logits into a running state per row, relative to the running maxima m_a and m_b:
 //   s_a = sum e^(a - m_a),  s_b = sum e^(b - m_b),  w = sum e^(b - m_b) ((b - m_b) - (a - m_a))
 //   KL = w / s_b + log s_a - log s_b
 // Only differences to the maxima are summed, so an offset of the logits costs no digits; sums across tiles are fp64. The
 // threads' states are merged in order. dKL/da = softmax(a) - softmax(b) needs both log-sum-exps: where gradients are wanted
-// the logits of a few rows are kept until these are known; the backward pass, which knows them, computes the tiles again.
+// the exponentials of a few rows are kept until these are known; the backward pass, which knows them, computes the tiles again.
 #include <cmath>
 
 #include "cpu/linear_kl_logits.h"

@@ -182,7 +182,7 @@ class Bridge:
         masked: bool = True,
         temperature: float = 1.0,
     ) -> Iterator[tuple[np.ndarray, Bridged]]:
-        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order."""
+        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order. Raises as it does."""
         self._check_logits(logits, len(plan.tree))
         if self.identical:
             yield np.arange(len(plan)), self._same(logits[torch.from_numpy(plan.ended)], temperature)
