@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "cpu/stream.h"
 
 namespace chassis {
 namespace CHASSIS_ISA {
@@ -64,29 +64,28 @@ inline void add_all(T* row, int64_t count, const float* change, const float* shi
   for (; j < count; ++j) from_float(to_float(row[j]) + (change[j] + shift[j]), row[j]);
 }
 
-// The first logit of each run in a cache line, batch by batch: what to fetch while another batch is changed.
-class Lines {
- public:
-  template <class T>
-  void list(const T*, const int64_t* cols, int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    ids.resize(count);
-    start.assign(1, 0);
+// The cache lines of a row that columns lie in, as offsets in bytes: what to fetch before they are changed.
+struct Lines {
+  std::vector<int64_t> offsets;  // whole chunks of kFetched, filled up with the last one
+  std::vector<int32_t> start;    // of each batch's lines
+
+  Lines() = default;
+  Lines(const int64_t* cols, int64_t count, int64_t bytes) : offsets(round_up(count, kFetched)), start(1) {
     int64_t size = 0, last = -1;
     for (int64_t j = 0; j < count; ++j) {
-      ids[size] = cols[j];  // kept if its line is another: no branch, which would be mispredicted as often as not
-      size += cols[j] / kLine != last;
-      last = cols[j] / kLine;
+      const int64_t at = cols[j] * bytes;
+      offsets[size] = at;  // kept if its line is another: no branch, which would be mispredicted as often as not
+      size += at / 64 != last;
+      last = at / 64;
       if ((j + 1) % kBatch == 0 || j + 1 == count) start.push_back(size);
     }
+    int64_t chunks = round_up(size, kFetched);
+    std::fill(offsets.begin() + size, offsets.begin() + chunks, size ? offsets[size - 1] : 0);
+    offsets.resize(chunks);
   }
   int64_t batches() const { return start.size() - 1; }
   int64_t size(int64_t batch) const { return start[batch + 1] - start[batch]; }
-  const int64_t* batch(int64_t i) const { return ids.data() + start[i]; }
-
- private:
-  std::vector<int64_t> ids;
-  std::vector<int32_t> start;
+  const int64_t* batch(int64_t i) const { return offsets.data() + start[i]; }
 };
 
 // With each batch the next one's lines are fetched, after the last those of the first in the row that follows.
@@ -99,7 +98,7 @@ inline void add_at(T* row, const T* following, const int64_t* cols, int64_t coun
     const bool last = b + 1 == lines.batches();
     const int64_t here = std::min(kBatch, count), ahead = last ? 0 : b + 1, fetched = lines.size(ahead);
     const int64_t* line = lines.batch(ahead);
-    const T* there = last ? following : row;
+    const char* there = reinterpret_cast<const char*>(last ? following : row);
     int64_t j = 0;
     for (j = 0; j < here; ++j) {
       if (j < fetched) __builtin_prefetch(there + line[j], 1);
@@ -125,10 +124,8 @@ inline void add_ordered(T* row, const Columns& c, int64_t from, int64_t count, c
 
 // Adds change [rows, ldc] + shift to `count` columns, from the one numbered `from` on, of those rows of the logits.
 inline void add_change(const Matrix& logits, const int64_t* rows, int64_t n, const Columns& c, int64_t from, int64_t count,
-                       const float* change, int64_t ldc, const float* shift) {
+                       const float* change, int64_t ldc, const float* shift, const Lines& lines) {
   with_type(logits, [&](auto* data) {
-    Lines lines;
-    if (c.ids && c.order.empty()) lines.list(data, c.ids + from, count);
     for (int64_t i = 0; i < n; ++i, change += ldc) {
       auto *to = data + rows[i] * logits.stride, *following = data + rows[std::min(i + 1, n - 1)] * logits.stride;
       if (!c.ids) add_all(to + from, count, change, shift);

@@ -21,7 +21,7 @@ constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packe
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
 constexpr int64_t kDepths = 8;          // parts of the width whose products few rows add up
 constexpr int64_t kStripWidth = 1024;   // columns of V at a time, for few rows, at most,
-constexpr int64_t kStripSums = 65536;   // and sums, which then lie in L2
+constexpr int64_t kStripSums = 16384;   // and sums, which then lie in L2 beside their logits
 
 // One adapter's U [width, rank] or V [rank, columns] as panels of kNr columns by at most kSum steps.
 struct Packed {
@@ -131,9 +131,21 @@ class Update {
   }
 
   // Adds the changes [rows, ldc] of columns [from, from + count) to rows of a group, from the one at `first` in row_order on.
-  void add(int64_t group, int64_t first, int64_t rows, int64_t from, int64_t count, const float* change, int64_t ldc) const {
+  void add(int64_t group, int64_t first, int64_t rows, int64_t from, int64_t count, const float* change, int64_t ldc,
+           const Lines& lines) const {
     add_change(g.logits, row_order.data() + first, rows, columns_at(group), from, count, change, ldc,
-               bias.data() + group * columns + from);
+               bias.data() + group * columns + from, lines);
+  }
+
+  // The lines of a row of logits that columns [from, from + count) of a group lie in, where these are changed one by one.
+  Lines lines(int64_t group, int64_t from, int64_t count) const {
+    const Columns& c = columns_at(group);
+    return c.ids && c.order.empty() && !c.whole ? Lines(c.ids + from, count, bytes()) : Lines();
+  }
+  int64_t bytes() const { return g.logits.dtype == DType::fp32 ? 4 : 2; }
+  Ahead::Part fetched(const Group& group, const Lines& lines) const {
+    return {static_cast<const char*>(g.logits.data), g.logits.stride * bytes(), row_order.data() + group.first, group.rows,
+            lines.offsets.data(), int64_t(lines.offsets.size())};
   }
 
   // Columns of a strip of V: few enough for its sums to stay in L2, and for each thread to have one; so many that a row's
@@ -172,6 +184,14 @@ class Update {
         for (size_t t = tasks.size() * thread / team; t < tasks.size() * (thread + 1) / team; ++t)
           run(tasks[t], groups[tasks[t].group]);
       };
+      Ahead ahead;
+      std::vector<Lines> listed;  // of this thread's tasks with more than kDirect rows
+      share(up, [&](const Task& task, const Group& group) {
+        if (group.rows <= kDirect) return;
+        listed.push_back(lines(task.group, task.j, task.count));
+        if (listed.back().offsets.size()) ahead.parts.push_back(fetched(group, listed.back()));
+      });
+      auto next_listed = listed.begin();
       auto low = [&](const Group& group) { return Rows{own + group.first * ldr, group.rows}; };
       share(down, [&](const Task& task, const Group& group) {
         auto [i, k, j, depth, count] = task;
@@ -182,7 +202,7 @@ class Update {
         float* out = partial + (k / part * n + group.first) * ldp + j;
         with_type(g.U, [&](auto* U) {
           U += group.adapter * g.stride_U + k * g.U.stride + j;
-          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp);
+          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp, ahead);
         });
       });
 #pragma omp barrier
@@ -196,9 +216,10 @@ class Update {
         if (depth == 0) std::fill_n(sums, group.rows * ldy, 0.0f);
         with_type(g.V, [&](auto* V) {
           V += group.adapter * g.stride_V + j;
-          stream(low(group), V, g.V.stride, depth, count, V + count, sums, ldy);
+          stream(low(group), V, g.V.stride, depth, count, V + count, sums, ldy, ahead);
         });
-        if (!columns_at(i).whole) add(i, group.first, group.rows, j, count, sums, ldy);
+        Lines touched = group.rows > kDirect ? std::move(*next_listed++) : lines(i, j, count);
+        if (!columns_at(i).whole) add(i, group.first, group.rows, j, count, sums, ldy, touched);
         else
           for (int64_t row = 0; row < group.rows; ++row)
             std::copy_n(sums + row * ldy, count, change + (group.first + row) * ldc + j);
@@ -208,7 +229,7 @@ class Update {
 #pragma omp for
         for (size_t i = 0; i < groups.size(); ++i)
           for (int64_t row = groups[i].first; columns_at(i).whole && row < groups[i].first + groups[i].rows; ++row)
-            add(i, row, 1, 0, columns, change + row * ldc, ldc);
+            add(i, row, 1, 0, columns, change + row * ldc, ldc, Lines());
       }
     };
     if (threads == 1) return work();  // without the cost of a team
@@ -268,7 +289,7 @@ class Update {
           for (int64_t j = 0; j < count; j += kNr)
             for (int64_t k = 0; k < rank; k += kSum)
               multiply_rows(low, k, v.panel(k, from + j), std::min(kSum, rank - k), change.get() + j, ldc, k > 0);
-          add(group, first, rows, from, count, change.get(), ldc);
+          add(group, first, rows, from, count, change.get(), ldc, lines(group, from, count));
         }
       }
     }

@@ -6,6 +6,9 @@
 // of them share a panel of it, copied to L1 as fp32. What comes next is fetched meanwhile, a line or two with every step: in
 // a burst most requests would be dropped.
 #pragma once
+#include <utility>
+#include <vector>
+
 #include "cpu/gemm.h"
 #include "cpu/tensor.h"
 
@@ -14,6 +17,34 @@ namespace CHASSIS_ISA {
 
 constexpr int64_t kSum = 64;  // products per running sum: longer ones lose digits
 constexpr int64_t kDirect = 2 * kMr;  // rows
+
+constexpr int64_t kFetched = kSum;  // lines
+
+// Cache lines of rows of another matrix, fetched one with every step of products that leave memory time for it.
+struct Ahead {
+  struct Part {
+    const char* data;
+    int64_t stride;  // bytes
+    const int64_t* rows;
+    int64_t count;
+    const int64_t* offsets;  // in bytes from the start of each row, whole chunks of kFetched
+    int64_t lines;
+  };
+  std::vector<Part> parts;
+  size_t part = 0;
+  int64_t row = 0, at = 0;
+
+  // The row and the offsets of the next kFetched lines.
+  std::pair<const char*, const int64_t*> next() {
+    static constexpr int64_t nothing[kFetched] = {};
+    if (part == parts.size()) return {reinterpret_cast<const char*>(nothing), nothing};
+    const Part& p = parts[part];
+    std::pair<const char*, const int64_t*> found{p.data + p.rows[row] * p.stride, p.offsets + at};
+    if ((at += kFetched) >= p.lines) at = 0, ++row;
+    if (row == p.count) row = 0, ++part;
+    return found;
+  }
+};
 
 constexpr int64_t kNext = 2;  // tiles from the one that is multiplied to the one that is fetched
 
@@ -28,13 +59,14 @@ struct Rows {
 constexpr int vectors(int64_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : rows <= kMr ? 2 : 1; }
 
 // out[i * ldo + j] (+)= sum_k a[i * kSum + k] b[k * ldb + j] for R rows and C vectors, k < depth <= kSum. Each step fetches
-// kFetch lines, those at next + k * step.
-template <int R, int C, int kFetch, class T>
+// kFetch lines, those at next + k * step, and with kAhead another.
+template <int R, int C, int kFetch, bool kAhead, class T>
 inline void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, float* out, int64_t ldo, bool accumulate,
-                     const char* next, int64_t step) {
+                     const char* next, int64_t step, const char* other, const int64_t* offsets) {
   vf sum[R][C] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb, next += step) {
     for (int line = 0; line < kFetch; ++line) __builtin_prefetch(next + 64 * line);
+    if (kAhead) __builtin_prefetch(other + offsets[k], 0, 2);
     vf row[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) row[c] = load(b + c * kLanes);
@@ -53,30 +85,34 @@ inline void multiply(const float* a, const T* b, int64_t ldb, int64_t depth, flo
 }
 
 template <class T>
-using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, const char*, int64_t);
+using Kernel = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, const char*, int64_t,
+                        const char*, const int64_t*);
 
 template <size_t... i>
 inline Kernel<float> panel_kernel(int64_t rows, bool fetch, std::index_sequence<i...>) {
-  static constexpr Kernel<float> table[][2] = {{multiply<i + 1, 2, 0, float>, multiply<i + 1, 2, 1, float>}...};
+  static constexpr Kernel<float> table[][2] = {{multiply<i + 1, 2, 0, false, float>, multiply<i + 1, 2, 1, true, float>}...};
   return table[rows - 1][fetch];
 }
 
 template <class T, size_t... i>
 inline Kernel<T> direct_kernel(int64_t rows, std::index_sequence<i...>) {
   static constexpr Kernel<T> table[] = {
-      multiply<i + 1, vectors(i + 1), ceil_div(vectors(i + 1) * kLanes * sizeof(T), 64), T>...};
+      multiply<i + 1, vectors(i + 1), ceil_div(vectors(i + 1) * kLanes * sizeof(T), 64), false, T>...};
   return table[rows - 1];
 }
 
 // out [a.rows, kNr] (+)= columns [k, k + depth) of a times a packed panel [depth, kNr]. The first of each kMr rows fetch one
 // line each of the `width` bytes at next.
 inline void multiply_rows(Rows a, int64_t k, const float* panel, int64_t depth, float* out, int64_t ldo, bool accumulate,
-                          const char* next = nullptr, int64_t step = 0, int64_t width = 0) {
+                          const char* next = nullptr, int64_t step = 0, int64_t width = 0, Ahead* ahead = nullptr) {
   int64_t blocks = ceil_div(a.rows, kMr);
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t i = a.rows * block / blocks, rows = a.rows * (block + 1) / blocks - i;
-    auto kernel = panel_kernel(rows, 64 * block < width, std::make_index_sequence<kMr>());
-    kernel(a.at(i, k), panel, kNr, depth, out + i * ldo, ldo, accumulate, next + 64 * block, step);
+    auto kernel = panel_kernel(rows, ahead, std::make_index_sequence<kMr>());
+    auto [other, offsets] = ahead ? ahead->next() : std::pair<const char*, const int64_t*>{};
+    const bool mine = 64 * block < width;
+    kernel(a.at(i, k), panel, kNr, depth, out + i * ldo, ldo, accumulate, mine ? next + 64 * block : other, mine ? step : 0,
+           other, offsets);
   }
 }
 
@@ -91,9 +127,11 @@ inline void stage(const T* b, int64_t ldb, int64_t depth, int64_t width, float* 
 inline bool direct(int64_t rows, int64_t width) { return rows <= kMr || (rows <= kDirect && width % kLanes == 0); }
 inline int64_t tile_width(int64_t rows, int64_t width) { return direct(rows, width) ? vectors(rows) * kLanes : kNr; }
 
-// y [a.rows, width rounded up to kNr] = columns [0, depth) of a times b [depth, width]. What is read after that is `then`.
+// y [a.rows, width rounded up to kNr] = columns [0, depth) of a times b [depth, width]. What is read after that is `then`;
+// more than kDirect rows also fetch what is next `ahead`.
 template <class T>
-inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width, const T* then, float* y, int64_t ldy) {
+inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width, const T* then, float* y, int64_t ldy,
+                   Ahead& ahead) {
   alignas(64) float panel[kSum * kNr];
   const int64_t across = tile_width(a.rows, width), row = ceil_div(width, across), tiles = ceil_div(depth, kSum) * row;
   const int64_t step = ldb * sizeof(T);
@@ -105,12 +143,12 @@ inline void stream(Rows a, const T* b, int64_t ldb, int64_t depth, int64_t width
     const char* next = reinterpret_cast<const char*>(tile(t + kNext));
     if (direct(a.rows, width) && width - j >= across) {
       auto kernel = direct_kernel<T>(a.rows, std::make_index_sequence<kDirect>());
-      kernel(a.at(0, k), tile(t), ldb, steps, y + j, ldy, k > 0, next, step);
+      kernel(a.at(0, k), tile(t), ldb, steps, y + j, ldy, k > 0, next, step, nullptr, nullptr);
       continue;
     }
     for (int64_t c = j; c < std::min(j + across, width); c += kNr) {
       stage(tile(t) + c - j, ldb, steps, width - c, panel);
-      multiply_rows(a, k, panel, steps, y + c, ldy, k > 0, next, step, kNr * sizeof(T));
+      multiply_rows(a, k, panel, steps, y + c, ldy, k > 0, next, step, kNr * sizeof(T), &ahead);
     }
   }
 }
