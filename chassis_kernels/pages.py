@@ -17,12 +17,12 @@ from torch import Tensor
 LEAST = 4 << 20  # bytes; what is smaller comes from PyTorch's allocator
 PAGE = 2 << 20
 
-_kept: deque[mmap.mmap] = deque(maxlen=2)
+_kept: deque[mmap.mmap] = deque(maxlen=3)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised tensor, contiguous. A large one on the CPU has pages of 2 MiB where the system offers them (Linux),
-    and its memory stays with the process when it is freed: the two blocks freed last, for tensors of about their size."""
+    and its memory stays with the process when it is freed: the three blocks freed last, for tensors of about their size."""
     count = math.prod(shape)
     size = -(-count * dtype.itemsize // PAGE) * PAGE
     if torch.device(device).type != "cpu" or size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):

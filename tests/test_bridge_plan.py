@@ -1,17 +1,23 @@
 """Plans of many places at once against the definition, place by place."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from bridge_problems import encodings, random_logits
 from chassis.bridge import Bridge
+from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
-from chassis.bridge.plan import Plan
+from chassis.bridge.plan import Plan, make_plans
 from chassis.bridge.prefixes import Prefixes
+from chassis.bridge.under_way import UnderWay
+from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, byte_level, sentencepiece_bpe, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 TEXT = "the quick dog's\n\n    return x1234 日本 naïve 🙂  don't\n"
 
@@ -75,3 +81,55 @@ def test_texts_joined_give_what_each_gives(bridge):
     joined, apart = bridge.apply(Plan.join(plans), torch.cat(logits)), map(bridge.apply, plans, logits)
     for whole, parts in zip(joined, zip(*apart, strict=True), strict=True):
         assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
+PATTERNS = {
+    "gpt-2": None,
+    "llama-3": r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "digits from the right": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))| ?[^\s\p{N}]+|\s+(?!\S)|\s+",
+    "case": r"[^\r\n\p{L}\p{N}]?(?:\p{Lu}*\p{Ll}+|\p{Lu}+)|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+(?!\S)|\s+",
+}
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def pair(request):
+    pattern = PATTERNS[request.param]
+    split = {} if pattern is None else {"pattern": pre_tokenizers.Split(Regex(pattern), "isolated")}
+    tokens = TokenBytes.from_tokenizer(byte_level(600, **split))
+    return tokens, TokenBytes.from_tokenizer(sentencepiece_bpe()), (Leaves(tokens), CanonicalMask(tokens))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("thequick returnXY.(\"'sd)\n\t\r 1234é日  ", max_size=60))
+def test_encodings_are_taken_up_where_they_would_be_the_same_from_the_start(pair, text):
+    tokens, base, known = pair
+    (found,) = make_plans(tokens, base, UnderWay(*known), [text])
+    with mock.patch("chassis.bridge.plan.resumed", lambda ends, own, pieces, *_: pieces[own]):
+        (whole,) = make_plans(tokens, base, UnderWay(*known), [text])
+    for one, other in zip(_states(found), _states(whole), strict=True):
+        assert one == other
+
+
+def _states(plan):
+    path = plan.tree.path
+    yield from ({tuple(path(node)) for node in nodes} for nodes in plan.complete)
+    yield from ({(tuple(path(node)), so_far) for node, so_far in nodes} for nodes in plan.under_way)
+
+
+def test_plans_without_what_is_blocked_give_the_same_from_fewer_states(bridge):
+    text = "def quickly(self):\n        returning = x + 1\n\n\n    class Foxes(object):\n"
+    (plan,), (short,) = bridge.plans([text]), bridge.plans([text], followed=True)
+    logits, row = random_logits(plan, bridge.expert.width), {}
+    for node in range(len(plan.tree)):
+        row[tuple(plan.tree.path(node))] = node
+    own = logits[[row[tuple(short.tree.path(node))] for node in range(len(short.tree))]]
+    assert len(short.tree) < len(plan.tree) and len(short.begun) < len(plan.begun)
+    assert torch.allclose(bridge.apply(plan, logits).log_q.exp(), bridge.apply(short, own).log_q.exp(), atol=1e-6)
+    with pytest.raises(BridgeError, match="masked=False"):
+        bridge.apply(short, own, masked=False)
+
+
+def test_a_table_that_does_not_map_every_token_leaves_nothing_out(bridge):
+    exact = Bridge.build(bridge.expert, bridge.base, "exact")
+    (plan,), (same,) = exact.plans([TEXT]), exact.plans([TEXT], followed=True)
+    assert same.options is None and len(same.tree) == len(plan.tree)

@@ -37,15 +37,15 @@ def test_the_next_tensor_takes_the_freed_memory():
 
 
 @pytest.mark.skipif(not hasattr(pages.mmap, "MADV_HUGEPAGE"), reason="pages of 2 MiB are asked for on Linux")
-def test_two_blocks_are_kept_the_last_ones():
-    three = [pages.empty((n * LARGE,), torch.float32) for n in (1, 4, 9)]
-    while three:
-        del three[0]
-    assert [len(block) for block in pages._kept] == [4 * pages.LEAST, 9 * pages.LEAST]
+def test_three_blocks_are_kept_the_last_ones():
+    blocks = [pages.empty((n * LARGE,), torch.float32) for n in (1, 3, 4, 9)]
+    while blocks:
+        del blocks[0]
+    assert [len(block) for block in pages._kept] == [3 * pages.LEAST, 4 * pages.LEAST, 9 * pages.LEAST]
     small = pages.empty((LARGE,), torch.float32)  # not out of a block of more than twice its size
-    assert small.nbytes == pages.LEAST and len(pages._kept) == 2
+    assert small.nbytes == pages.LEAST and len(pages._kept) == 3
     large = pages.empty((5 * LARGE,), torch.float32)
-    assert large.nbytes == 5 * pages.LEAST and [len(block) for block in pages._kept] == [4 * pages.LEAST]
+    assert large.nbytes == 5 * pages.LEAST and [len(block) for block in pages._kept] == [3 * pages.LEAST, 4 * pages.LEAST]
 
 
 def loss_of(student, **options):

@@ -83,7 +83,7 @@ def probabilities(hidden: torch.Tensor, base: Readout) -> tuple[torch.Tensor, to
     """softmax of the base's logits [n, V] fp32, and the slope of its soft cap (None without one)."""
     logits = hidden.float() @ base.weight.float().T
     logits = logits if base.bias is None else logits + base.bias.float()
-    logits, slope = logits * base.scale, None
+    logits, slope = logits if base.scale == 1 else logits * base.scale, None
     if base.softcap is not None:
         bent = torch.tanh(logits / base.softcap)
         logits, slope = base.softcap * bent, 1 - bent * bent

@@ -22,6 +22,7 @@ from chassis.experts import Expert
 from chassis.files import write_file
 from chassis.models import capture
 from chassis.text.corpus import Document
+from chassis_kernels import pages
 
 KEYS = "fit_windows.safetensors"
 
@@ -180,7 +181,7 @@ class Probe:
         index = torch.arange(len(windows), device=device)[:, None].expand_as(chosen)
         rows = Rows(
             final=base.final[chosen],
-            expert=expert[chosen],
+            expert=_take(expert, chosen),
             layers={layer: states[chosen] for layer, states in base.layers.items()},
             next_ids=next_ids[chosen],
             n_bytes=sum(w.n_bytes for w in windows),
@@ -198,6 +199,13 @@ class Probe:
                     f"{int(bad.sum())} of {len(bad)} rows of the {name} are NaN or infinite (first in document "
                     f"{document}): try dtype float32, or leave that document out"
                 )
+
+
+def _take(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """values[chosen], of [B, T, E] and [B, T] bool, in memory that is kept for the next batch: [n, V] rows are large."""
+    rows = chosen.flatten().nonzero()[:, 0]
+    out = pages.empty((len(rows), values.shape[-1]), values.dtype, values.device)
+    return torch.index_select(values.flatten(0, 1), 0, rows, out=out)
 
 
 def pad(sequences: Sequence[np.ndarray], side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chassis.bridge.plan import Plan
-from chassis.bridge.stretches import starts
+from chassis.bridge.stretches import log_totals, starts
 from chassis.bridge.under_way import UnderWay
 from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
@@ -81,13 +81,12 @@ class States:
     def mixtures(self) -> Mixtures:
         """What may be at hand at every position."""
         plan = self.plan
-        options = self.under_way.options(plan.tree.tokens[plan.begun], plan.so_far)
-        tokens, sizes = self.under_way.tokens(options)
+        tokens, sizes = self.under_way.listed(plan)
         nodes, start = np.repeat(plan.begun, sizes), starts(sizes)[plan.begun_start]
         rows = self.under_way.leaves.row(tokens, np.repeat(plan.sizes, sizes))
         logs = self.log_p(torch.from_numpy(nodes), torch.from_numpy(tokens)).double().cpu().numpy() + self.path[nodes]
         shares, complete_start = self.path[plan.ended], plan.ended_start
-        total = np.logaddexp(_log_sums(logs, start), _log_sums(shares, complete_start))
+        total = np.logaddexp(log_totals(logs, start), log_totals(shares, complete_start))
         total[total == -np.inf] = 0.0
         shares, logs = shares - np.repeat(total, np.diff(complete_start)), logs - np.repeat(total, np.diff(start))
         return Mixtures(Mixture(plan.ended, shares, logs, rows), complete_start, start)
@@ -105,27 +104,18 @@ class States:
         everything, start, _ = self.mixtures
         first, n = start[positions], start[positions + 1] - start[positions]
         nodes = np.where(n > 0, np.append(everything.complete, 0)[first], 0)
-        logits = self.logits[torch.from_numpy(nodes).to(self.logits.device)]
+        logits = self.logits.index_select(0, torch.from_numpy(nodes).to(self.logits.device))
         for several in np.unique(n[n > 1]).tolist():
             mixed = np.flatnonzero(n == several)
             place = first[mixed, None] + np.arange(several)
             states = torch.from_numpy(everything.complete[place]).to(logits.device)
             weights = torch.from_numpy(everything.shares[place]).float().to(logits.device) - self.lse[states]
-            log_p = self.logits[states].float() / self.temperature + weights[:, :, None]
+            log_p = self.logits.index_select(0, states.flatten()).unflatten(0, states.shape).float() / self.temperature
+            log_p += weights[:, :, None]
             mixed = torch.from_numpy(mixed).to(logits.device)
             logits[mixed] = (log_p.logsumexp(1) * self.temperature).to(logits.dtype)
-        share = _log_sums(everything.shares, start)[positions]
+        share = log_totals(everything.shares, start)[positions]
         return logits, torch.from_numpy(share).float().to(logits.device)
-
-
-def _log_sums(logs: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """log Σ exp of each stretch logs[start[i]:start[i + 1]]; -inf of an empty one."""
-    which = np.repeat(np.arange(len(start) - 1), np.diff(start))
-    top = np.full(len(start) - 1, -np.inf)
-    np.maximum.at(top, which, logs)
-    finite = np.where(top == -np.inf, 0.0, top)
-    with np.errstate(divide="ignore"):
-        return np.log(np.bincount(which, np.exp(logs - finite[which]), len(top))) + finite
 
 
 def project_positions(

@@ -139,12 +139,21 @@ class Bridge:
         """Base tokens of a text and the expert states they are predicted from. Raises BridgeError as `joint_text` does."""
         return self.plans([text])[0]
 
-    def plans(self, texts: Sequence[str]) -> list[Plan]:
-        """The `plan` of each text, for less than one after the other."""
+    def plans(self, texts: Sequence[str], *, followed: bool = False) -> list[Plan]:
+        """The `plan` of each text, for less than one after the other.
+
+        `followed`: without tokens under way of which the rest is blocked, most of them, and the states that only these need.
+        log q is the same up to rounding, from fewer states; such plans are for this bridge alone, and not for
+        `masked=False`. Where the table does not map every token, nothing is left out.
+        """
         texts = [joint_text(self.expert, self.base, text) for text in texts]
         if self.identical:
             return [identity_plan(self.base, text) for text in texts]
-        return make_plans(self.expert, self.base, self.under_way, texts)
+        rule = self._followed if followed and self.complete else None
+        return make_plans(self.expert, self.base, self.under_way, texts, rule)
+
+    def _followed(self, options: np.ndarray, begun: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        return self.under_way.followed(options, begun, previous, self.table, self.mask)
 
     def apply(
         self,
@@ -184,6 +193,8 @@ class Bridge:
     ) -> Iterator[tuple[np.ndarray, Bridged]]:
         """What `apply` gives, (positions [m], of them) at a time; each position once, in any order. Raises as it does."""
         self._check_logits(logits, len(plan.tree))
+        if plan.options is not None and not masked:
+            raise BridgeError("this plan leaves out what is blocked (plans(followed=True)): make another for masked=False")
         if self.identical:
             yield np.arange(len(plan)), self._same(logits[torch.from_numpy(plan.ended)], temperature)
             return

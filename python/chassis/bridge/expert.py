@@ -50,7 +50,7 @@ class BridgedExpert:
     ) -> None:
         self.share, self.aligned_only = share, aligned_only
         self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
-        self.readout, self._reader = Readout(None), Reader(model, start_id, bridge.expert.lengths)
+        self.readout, self._reader = Readout(None), Reader(model, start_id, bridge)
         self._floor = FLOOR * bridge.unigram.float()
         self._plans: dict[bytes, Plan] = {}
 
@@ -103,7 +103,8 @@ class BridgedExpert:
                 taken, of = ranges(begins, positions)
                 into = place[order[taken]]
                 silent[into] = False
-                flat[torch.from_numpy(into).to(device)] = q[torch.from_numpy(of)].to(device)
+                q = q if np.array_equal(of, np.arange(len(q))) else q[torch.from_numpy(of)]
+                flat.index_copy_(0, torch.from_numpy(into).to(device), q.to(device))
         flat[torch.from_numpy(silent).to(device)] = torch.inf
         return out
 
@@ -115,7 +116,8 @@ class BridgedExpert:
         else:
             tiles = self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums)
         for positions, part in tiles:
-            yield positions, part.log_q.exp_().mul_(1 - FLOOR).add_(self._floor.to(part.log_q)).log_()
+            q, floor = part.log_q.exp_(), self._floor.to(part.log_q)
+            yield positions, torch.add(floor, q, alpha=1 - FLOOR, out=q).log_()
 
     def _groups(self, plans: Sequence[Plan]) -> Iterator[list[int]]:
         """Texts that are read at once: CELLS logits, trees of like numbers of branches, which attention pads to the most."""
@@ -143,7 +145,7 @@ class BridgedExpert:
         if len(self._plans) + len(missing) > PLANS:
             self._plans.clear()
             missing = dict(zip(keys, texts, strict=True))
-        found = self.bridge.plans([self._text(tokens) for tokens in missing.values()])
+        found = self.bridge.plans([self._text(tokens) for tokens in missing.values()], followed=True)
         for (key, tokens), plan in zip(missing.items(), found, strict=True):
             if not np.array_equal(plan.base_ids, tokens):
                 raise BridgeError(

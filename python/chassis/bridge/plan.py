@@ -12,18 +12,20 @@ beginning at each space that follows something else; there, no tokenizer in use 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
+from chassis.bridge.cuts import pretoken_begins, resumed, sure_places
 from chassis.bridge.stretches import ranges, starts
 from chassis.bridge.under_way import Tokens, UnderWay
 from chassis.text.token_bytes import Encoded, TokenBytes
 
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
+Followed = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
 
 
@@ -63,6 +65,7 @@ class Plan:
     begun_start: np.ndarray  # [n + 1]
     so_far: np.ndarray  # [m] the bytes of the token under way up to here, as a node of the expert's `Leaves.prefixes`
     sizes: np.ndarray  # [m] how many these are
+    options: np.ndarray | None = None  # [m] of `make_plans(followed=...)`: numbers of lists of the bridge's `UnderWay`
 
     def __len__(self) -> int:
         return len(self.base_ids)
@@ -93,7 +96,7 @@ class Plan:
         moved = [np.where(plan.tree.parent < 0, -1, plan.tree.parent + i) for plan, i in zip(plans, first, strict=False)]
         tokens, depth = (np.concatenate([getattr(plan.tree, name) for plan in plans]) for name in ("tokens", "depth"))
         byte = np.cumsum([0, *(len(plan.data) for plan in plans)])
-        same = ("base_ids", "previous", "so_far", "sizes")
+        same = ["base_ids", "previous", "so_far", "sizes", *(["options"] if plans[0].options is not None else [])]
         return Plan(
             data=b"".join(plan.data for plan in plans),
             begins=np.concatenate([plan.begins + i for plan, i in zip(plans, byte, strict=False)]),
@@ -119,6 +122,7 @@ class _Grower:
         self.parent: list[int] = []
         self.children: dict[tuple[int, int], int] = {}
         self.roots: list[int] = []
+        self.sizes = [len(ids) for ids in pieces]
         self.n_trunk: list[int] = []
         for ids, own in zip(pieces, text, strict=True):
             if len(self.n_trunk) <= own:
@@ -142,6 +146,16 @@ class _Grower:
             node = child
         return node
 
+    def trunk_ends(self, lengths: np.ndarray, pieces: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The trunks' states after a token, and where it ends, both in order; `lengths` [V] of the tokens, `pieces` and
+        their `ends`. Not of pieces to which the lengths of their tokens do not add up."""
+        first, piece = starts(np.array(self.sizes)), np.repeat(np.arange(len(pieces)), self.sizes)
+        nodes = np.arange(len(piece)) + (np.array(self.roots) + 1 - first[:-1])[piece]
+        total = np.append(0, lengths[np.array(self.tokens)[nodes]].cumsum())
+        begin = total[first]
+        sure = (np.diff(begin) == ends - pieces)[piece]
+        return nodes[sure], ((pieces - begin[:-1])[piece] + total[1:])[sure]
+
     def trees(self) -> tuple[list[Tree], np.ndarray]:
         """The tree of each text, and the number that each node has in its own."""
         depth, text = [], []
@@ -158,20 +172,29 @@ class _Grower:
         return [Tree(*columns, n) for *columns, n in zip(*parts, self.n_trunk, strict=True)], own
 
 
-def make_plans(expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts: Sequence[str]) -> list[Plan]:
-    """Plans for texts that both tokenizers read as they are (see `counting.joint_text`)."""
-    return _Draft(base.encode_batch(texts), under_way).plans(expert, under_way) if texts else []
+def make_plans(
+    expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts: Sequence[str], followed: Followed | None = None
+) -> list[Plan]:
+    """Plans for texts that both tokenizers read as they are (see `counting.joint_text`).
+
+    `followed` (options [m], nodes begun [m], base tokens before [m]) gives what is left of `UnderWay.options` without tokens
+    of which the rest cannot follow. States where nothing is left are then left out.
+    """
+    return _Draft(expert, base.encode_batch(texts), under_way).plans(followed) if texts else []
 
 
 class _Draft:
     """What is known of plans before any beginning is encoded. The texts stand one after the other, each with a line feed."""
 
-    def __init__(self, encoded: Sequence[Encoded], under_way: UnderWay) -> None:
+    def __init__(self, expert: TokenBytes, encoded: Sequence[Encoded], under_way: UnderWay) -> None:
+        self.expert, self.under_way = expert, under_way
         self.encoded, self.data = encoded, b"".join(own.data + b"\n" for own in encoded)
         byte = np.frombuffer(self.data, dtype=np.uint8)
         first = starts(np.array([len(own.data) + 1 for own in encoded]))
         self.begins = np.concatenate([_begins(own) + at for own, at in zip(encoded, first, strict=False)])
-        self.places, self.which = np.unique(self.begins, return_inverse=True)
+        self.places, first_at, self.which, n_at = np.unique(self.begins, True, True, True)
+        # The base token before a place; none where several begin, of which all but one are empty: it rules nothing out.
+        self.before = np.where(n_at == 1, np.concatenate([_previous(own) for own in encoded])[first_at], -1)
         between = (byte & 0xC0) != 0x80  # characters
         pieces = np.union1d(_pieces(byte), first[:-1])
         self.text = np.searchsorted(first, pieces, side="right") - 1  # of a piece
@@ -184,27 +207,36 @@ class _Draft:
         # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
         self.slot_ended, self.slot_begun = (self.places + piece)[~self.inside], e + piece[p]
         self.slots = np.unique(np.concatenate([self.slot_ended, self.slot_begun]))
-        self.of = np.searchsorted(pieces + np.arange(len(pieces)), self.slots, side="right") - 1
-        slots = zip(pieces[self.of].tolist(), (self.slots - self.of).tolist(), strict=True)
-        self.beginnings = [self.data[a:b] for a, b in slots]
-        self.whole = [self.data[a:b] for a, b in zip(pieces.tolist(), ends.tolist(), strict=True)]
+        whole = [self.data[a:b] for a, b in zip(pieces.tolist(), ends.tolist(), strict=True)]
+        known = under_way.alone(whole)
+        self.grower = _Grower([known[part] for part in whole], self.text.tolist())
+        # Beginnings are taken up where the encoding of the trunk can be: `roots`, the states there.
+        of = np.searchsorted(pieces + np.arange(len(pieces)), self.slots, side="right") - 1
+        nodes, token_ends = self.grower.trunk_ends(expert.lengths, pieces, ends)
+        pretokens = pretoken_begins(expert, [own.data.decode() for own in encoded], byte, first[:-1])
+        begin = resumed(self.slots - of, of, pieces, pretokens, sure_places(byte, pretokens, token_ends))
+        at = np.searchsorted(token_ends, begin, side="right") - 1
+        self.roots = np.where(begin == pieces[of], np.array(self.grower.roots)[of], np.append(nodes, 0)[at])
+        self.beginnings = [self.data[a:b] for a, b in zip(begin.tolist(), (self.slots - of).tolist(), strict=True)]
 
-    def plans(self, expert: TokenBytes, under_way: UnderWay) -> list[Plan]:
+    def plans(self, followed: Followed | None) -> list[Plan]:
+        expert, under_way, grower = self.expert, self.under_way, self.grower
         data, places, which, inside = self.data, self.places, self.which, self.inside
-        (e, p, node), slots, of = self.begun_tokens, self.slots, self.of
-        known = under_way.encodings(self.beginnings + self.whole)
-        grower = _Grower([known[part][0] for part in self.whole], self.text.tolist())
+        (e, p, node), slots = self.begun_tokens, self.slots
+        known = under_way.encodings(self.beginnings)
         found = [known[beginning] for beginning in self.beginnings]
         path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
-        paths, owner = [path for paths in found for path in paths], np.repeat(of, np.diff(path_start))
-        before = [grower.tokens[root] for root in grower.roots]
-        last = np.array(
-            [path[-1] if path else before[i] for path, i in zip(paths, owner.tolist(), strict=True)], dtype=np.int64
-        )
+        paths, roots = [path for paths in found for path in paths], np.repeat(self.roots, np.diff(path_start))
+        before = np.array(grower.tokens)[roots].tolist()
+        last = np.array([path[-1] if path else token for path, token in zip(paths, before, strict=True)], dtype=np.int64)
 
         path_begun, of_begun = ranges(path_start, np.searchsorted(slots, self.slot_begun))
-        begun = np.flatnonzero(under_way.options(last[path_begun], node[of_begun]) >= 0)
-        path_begun, of_begun = path_begun[begun], of_begun[begun]
+        options = under_way.options(last[path_begun], node[of_begun])
+        begun = np.flatnonzero(options >= 0)
+        if followed is not None:
+            options[begun] = followed(options[begun], node[of_begun[begun]], self.before[p[of_begun[begun]]])
+            begun = begun[options[begun] >= 0]
+        path_begun, of_begun, options = path_begun[begun], of_begun[begun], options[begun]
         path_ended, of_ended = ranges(path_start, np.searchsorted(slots, self.slot_ended))
         place_ended = np.flatnonzero(~inside)[of_ended]
         if inside.any():  # a token may also have ended within a character
@@ -216,16 +248,16 @@ class _Draft:
             ]
             place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
             path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
-            owner = np.concatenate([owner, owner[[path for _, path, _ in more]]])
+            roots = np.concatenate([roots, roots[[path for _, path, _ in more]]])
             paths += [(*paths[path], token) for _, path, token in more]
 
         state = np.zeros(len(paths), dtype=np.int64)
         for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
-            state[path] = grower.walk(grower.roots[owner[path]], paths[path])
+            state[path] = grower.walk(roots[path], paths[path])
         n_states = len(grower.tokens)
         place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
         order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))
-        of_begun, path_begun = of_begun[order], path_begun[order]
+        of_begun, path_begun, options = of_begun[order], path_begun[order], options[order]
         take_ended, of = ranges(np.searchsorted(place_ended, np.arange(len(places) + 1)), which)
         take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
         bounds = np.arange(len(which) + 1)
@@ -233,13 +265,14 @@ class _Draft:
         trees, own = grower.trees()
         ended, begun = own[ended[take_ended]], own[state[path_begun][take_begun]]
         so_far, sizes = node[of_begun][take_begun], (places[p] - e)[of_begun][take_begun]
+        options = options[take_begun]
         tokens, plans = starts(np.array([len(encoded) for encoded in self.encoded])), []
         for encoded, tree, (first, last) in zip(self.encoded, trees, pairwise(tokens.tolist()), strict=True):
             of_ended, of_begun = (slice(start[first], start[last]) for start in (ended_start, begun_start))
             plan = Plan(
                 data=encoded.data,
                 base_ids=encoded.ids,
-                previous=np.append(-1, encoded.ids)[: len(encoded)],
+                previous=_previous(encoded),
                 begins=_begins(encoded),
                 tree=tree,
                 ended=ended[of_ended],
@@ -248,6 +281,7 @@ class _Draft:
                 begun_start=begun_start[first : last + 1] - begun_start[first],
                 so_far=so_far[of_begun],
                 sizes=sizes[of_begun],
+                options=None if followed is None else options[of_begun],
             )
             plans.append(plan)
         return plans
@@ -256,6 +290,11 @@ class _Draft:
 def _begins(encoded: Encoded) -> np.ndarray:
     """Where its tokens begin, [n]."""
     return np.append(0, encoded.ends)[: len(encoded)]
+
+
+def _previous(encoded: Encoded) -> np.ndarray:
+    """The token before each of its tokens, [n]; -1 before the first."""
+    return np.append(-1, encoded.ids)[: len(encoded)]
 
 
 def _begun_tokens(
@@ -288,7 +327,7 @@ def identity_plan(tokens: TokenBytes, text: str) -> Plan:
     n = len(encoded)
     chain, none = np.arange(-1, n, dtype=np.int64), np.zeros(0, dtype=np.int64)
     tree = Tree(np.append(-1, encoded.ids), chain, chain + 1, n)
-    begins, previous = _begins(encoded), np.append(-1, encoded.ids)[:n]
+    begins, previous = _begins(encoded), _previous(encoded)
     states, nowhere = np.arange(n + 1), np.zeros(n + 1, dtype=np.int64)
     return Plan(encoded.data, encoded.ids, previous, begins, tree, states[:n], states, none, nowhere, none, none)
 

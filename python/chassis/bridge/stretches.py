@@ -15,3 +15,13 @@ def ranges(start: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray
     sizes = start[which + 1] - start[which]
     of = np.repeat(np.arange(len(which)), sizes)
     return np.arange(len(of)) - (sizes.cumsum() - sizes - start[which])[of], of
+
+
+def log_totals(logs: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """log Σ exp of each stretch logs[start[i]:start[i + 1]]; -inf of an empty one."""
+    which = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    top = np.full(len(start) - 1, -np.inf)
+    np.maximum.at(top, which, logs)
+    finite = np.where(top == -np.inf, 0.0, top)
+    with np.errstate(divide="ignore"):
+        return np.log(np.bincount(which, np.exp(logs - finite[which]), len(top))) + finite

@@ -4,7 +4,9 @@ about whatever follows (`FOLLOWING`), and the tokens that may be under way."""
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import accumulate
+from collections.abc import Callable
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +14,14 @@ from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.pretokens import FOLLOWING
 from chassis.bridge.stretches import ranges, starts
+from chassis_kernels import BridgeTable
+
+if TYPE_CHECKING:  # made with this
+    from chassis.bridge.plan import Plan
 
 CELLS = 4_000_000  # tokens looked at at once
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
+OTHERS = FOLLOWING[1:]  # than nothing
 Tokens = tuple[int, ...]
 
 
@@ -25,43 +32,52 @@ class UnderWay:
         self.leaves, self.mask = leaves, mask
         self._tokens, self._start = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)  # of each option
         self._options: dict[int, int] = {}
+        self._followed: dict[int, int] = {}
         self._known: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         # Tuples, of which there are many: the garbage collector does not visit them.
+        self._alone: dict[bytes, Tokens] = {}
         self._encodings: dict[bytes, tuple[Tokens, ...]] = {}
         self._tails: dict[bytes, tuple[Tokens, tuple[Tokens, ...]]] = {}
-        self._stays: dict[int, bool] = {}
+        self._moves: dict[int, tuple[str, ...]] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
 
+    def alone(self, texts: list[bytes]) -> dict[bytes, Tokens]:
+        """The encoding of each text as it comes about before nothing."""
+        missing = [data for data in dict.fromkeys(texts) if data not in self._alone]
+        self._alone.update(zip(missing, self.mask.tokens.tuples_of(list(map(bytes.decode, missing))), strict=True))
+        return self._alone
+
     def encodings(self, beginnings: list[bytes]) -> dict[bytes, tuple[Tokens, ...]]:
-        """The encodings of each beginning of a piece, as they come about before FOLLOWING; as at the end of a text first."""
-        if len(self._encodings) > KEPT:
-            self._encodings.clear()
-            self._tails.clear()
-        missing = [data for data in dict.fromkeys(beginnings) if data not in self._encodings]
-        alone = self.mask.tokens.tuples_of(list(map(bytes.decode, missing)))
-        self._encodings.update((data, (ids,)) for data, ids in zip(missing, alone, strict=True))
-        moved = self._moved({ids[-1] for ids in alone if ids})
-        self._before_others([data for data, ids in zip(missing, alone, strict=True) if ids and ids[-1] in moved])
+        """The encodings of each beginning of a piece, as they come about before FOLLOWING; that of `alone` first."""
+        if len(self._alone) > KEPT:
+            for known in (self._alone, self._encodings, self._tails):
+                known.clear()
+        alone = self.alone(beginnings)
+        missing = {data: alone[data] for data in beginnings if data not in self._encodings}
+        self._encodings.update((data, (ids,)) for data, ids in missing.items())
+        moves = self._moves_of({ids[-1] for ids in missing.values() if ids})
+        self._before_others([data for data, ids in missing.items() if ids and moves[ids[-1]]])
         return self._encodings
 
-    def _moved(self, tokens: set[int]) -> set[int]:
-        """Those tokens that are not what their text is encoded as, whatever follows. Patterns look ahead from the last token
-        alone: a text that ends with another token is encoded in one way."""
-        texts = self.mask.texts
-        asked = [token for token in tokens if token not in self._stays and texts[token] is not None]
-        found = iter(self.mask.tokens.tuples_of([texts[token] + after for token in asked for after in FOLLOWING]))
-        self._stays |= dict.fromkeys(tokens - self._stays.keys(), False)
+    def _moves_of(self, tokens: set[int]) -> dict[int, tuple[str, ...]]:
+        """For each token what changes, if it follows, how the token's text is encoded. Patterns look ahead from the last
+        token alone: a text that ends with it is encoded in one way before all else."""
+        texts, unknown = self.mask.texts, tokens - self._moves.keys()
+        self._moves |= dict.fromkeys(unknown, OTHERS)
+        asked = [token for token in unknown if texts[token] is not None and self.mask.alone[token]]
+        found = iter(self.mask.tokens.tuples_of([texts[token] + after for token in asked for after in OTHERS]))
         for token in asked:
-            self._stays[token] = all([next(found)[:1] == (token,) for _ in FOLLOWING])
-        return {token for token in tokens if not self._stays[token]}
+            self._moves[token] = tuple([after for after in OTHERS if next(found)[:1] != (token,)])
+        return self._moves
 
     def _before_others(self, beginnings: list[bytes]) -> None:
         """Add what becomes of beginnings before other texts than none. The last two tokens, and white space before them,
         tell that, unless alone they are not encoded as they are there."""
         tails = {data: self._tail(data) for data in beginnings}
         missing = [tail for tail in dict.fromkeys(tails.values()) if tail and tail not in self._tails]
-        alone = self.mask.tokens.tuples_of(list(map(bytes.decode, missing)))
-        for tail, ids, others in zip(missing, alone, self._others(missing), strict=True):
+        known = self.alone(missing)
+        alone = [known[tail] for tail in missing]
+        for tail, ids, others in zip(missing, alone, self._others(missing, alone), strict=True):
             self._tails[tail] = ids, tuple(other for other in others if other != ids)
         whole = []
         for data, tail in tails.items():
@@ -70,8 +86,9 @@ class UnderWay:
                 self._encodings[data] = (ids, *(ids[: -len(alone)] + other for other in others))
             else:
                 whole.append(data)
-        for data, others in zip(whole, self._others(whole), strict=True):
-            self._encodings[data] += tuple(ids for ids in others if ids != self._encodings[data][0])
+        alone = [self._alone[data] for data in whole]
+        for data, ids, others in zip(whole, alone, self._others(whole, alone), strict=True):
+            self._encodings[data] += tuple(other for other in others if other != ids)
 
     def _tail(self, data: bytes) -> bytes:
         """The last two tokens of a beginning, and as many more as are white space and the one before; b"" if unknown."""
@@ -83,17 +100,19 @@ class UnderWay:
         tail = data[-size:] if size else b""
         return tail if tail and (tail[0] & 0xC0) != 0x80 else b""
 
-    def _others(self, beginnings: list[bytes]) -> list[list[Tokens]]:
-        """The encodings of each beginning before FOLLOWING[1:], where one of its tokens ends with it."""
-        texts = [data.decode() + after for data in beginnings for after in FOLLOWING[1:]]
-        encoded, found = self.mask.tokens.tuples_of(texts), []
-        for place, data in enumerate(beginnings):
+    def _others(self, beginnings: list[bytes], alone: list[Tokens]) -> list[list[Tokens]]:
+        """The encodings of each beginning before what changes that of its last token, where one of its tokens ends with it;
+        `alone` are those before nothing."""
+        following = [self._moves.get(ids[-1], OTHERS) if ids else OTHERS for ids in alone]
+        texts = [data.decode() + after for data, afters in zip(beginnings, following, strict=True) for after in afters]
+        encoded, found = iter(zip(texts, self.mask.tokens.tuples_of(texts), strict=True)), []
+        for data, afters in zip(beginnings, following, strict=True):
             own: list[Tokens] = []
-            for i in range(place * (len(FOLLOWING) - 1), (place + 1) * (len(FOLLOWING) - 1)):
-                ends = self._ends(encoded[i], texts[i])
+            for text, ids in islice(encoded, len(afters)):
+                ends = self._ends(ids, text)
                 n = bisect_right(ends, len(data))
-                if n and ends[n - 1] == len(data) and encoded[i][:n] not in own:
-                    own.append(encoded[i][:n])
+                if n and ends[n - 1] == len(data) and ids[:n] not in own:
+                    own.append(ids[:n])
             found.append(own)
         return found
 
@@ -106,24 +125,67 @@ class UnderWay:
         """Numbers [m] of the tokens that can follow the tokens `last` [m] (-1: nothing before), begin with the nodes
         `begun` [m] of `leaves.prefixes` and go on; -1 where there are none."""
         prefixes = self.leaves.prefixes
-        keys, inverse = np.unique((last + 1) * len(prefixes.low) + begun, return_inverse=True)
-        missing = np.array([key for key in keys.tolist() if key not in self._options], dtype=np.int64)
-        after, nodes = np.divmod(missing, len(prefixes.low))
-        asked, which = np.unique(after - 1, return_inverse=True)
-        sizes = prefixes.high[nodes] - prefixes.low[nodes]
-        parts = np.split(np.arange(len(missing)), np.searchsorted(sizes.cumsum(), np.arange(CELLS, sizes.sum(), CELLS)))
-        for part in parts if len(missing) else ():
-            rows, row = np.unique(which[part], return_inverse=True)
-            blocked = self.mask.rows(asked[rows].clip(0).tolist()) & (asked[rows] >= 0)[:, None]
-            begin, of = starts(sizes[part]), np.repeat(np.arange(len(part)), sizes[part])
-            tokens = self.leaves.order[np.arange(begin[-1]) + (prefixes.low[nodes[part]] - begin[:-1])[of]]
+        n_nodes = len(prefixes.low)
+
+        def sizes(keys: np.ndarray) -> np.ndarray:
+            return prefixes.high[keys % n_nodes] - prefixes.low[keys % n_nodes]
+
+        def listed(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            after, nodes = np.divmod(keys, n_nodes)
+            asked, row = np.unique(after - 1, return_inverse=True)
+            blocked = self.mask.rows(asked.clip(0).tolist()) & (asked >= 0)[:, None]
+            begin, of = starts(sizes(keys)), np.repeat(np.arange(len(keys)), sizes(keys))
+            tokens = self.leaves.order[np.arange(begin[-1]) + (prefixes.low[nodes] - begin[:-1])[of]]
             kept = ~blocked[row[of], tokens]
-            left = np.bincount(of[kept], minlength=len(part))
+            return tokens[kept], of[kept]
+
+        return self._numbers(self._options, (last + 1) * n_nodes + begun, sizes, listed)
+
+    def followed(
+        self, options: np.ndarray, begun: np.ndarray, previous: np.ndarray, table: BridgeTable, base: CanonicalMask
+    ) -> np.ndarray:
+        """Numbers [m] of what is left of `options` [m] without the tokens of which the rest, as `table` tells it, cannot
+        follow the base tokens `previous` [m] (-1: nothing before); -1 where nothing is left. `begun` as for `options`."""
+        width = base.tokens.width + 1
+        keys, cut = options * width + previous + 1, np.zeros(options.max(initial=-1) + 1, dtype=np.int64)
+        cut[options] = self.leaves.prefixes.size[begun]
+        start, ids = table.start.numpy(), table.ids.numpy()
+
+        def sizes(keys: np.ndarray) -> np.ndarray:
+            return np.diff(self._start)[keys // width] + width  # a row of the mask too
+
+        def listed(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            number, before = np.divmod(keys, width)
+            asked, row = np.unique(before - 1, return_inverse=True)
+            blocked = base.rows(asked.clip(0).tolist()) & (asked >= 0)[:, None]
+            tokens, n = self.tokens(number)
+            of = np.repeat(np.arange(len(keys)), n)
+            entries, token = ranges(start, self.leaves.row(tokens, cut[number][of]))
+            kept = np.zeros(len(tokens), dtype=bool)
+            kept[token[~blocked[row[of[token]], ids[entries]]]] = True
+            return tokens[kept], of[kept]
+
+        return self._numbers(self._followed, keys, sizes, listed)
+
+    def _numbers(self, known: dict[int, int], keys: np.ndarray, sizes: Callable, listed: Callable) -> np.ndarray:
+        """Numbers [m] of the lists of `keys` [m]; those not `known` are made: `listed` gives tokens and which key each is
+        for, `sizes` how many are looked at. -1 for empty ones."""
+        keys, inverse = np.unique(keys, return_inverse=True)
+        missing = np.array([key for key in keys.tolist() if key not in known], dtype=np.int64)
+        ends = sizes(missing).cumsum()
+        for part in np.split(missing, np.searchsorted(ends, np.arange(CELLS, ends[-1], CELLS))) if len(missing) else ():
+            tokens, of = listed(part)
+            left = np.bincount(of, minlength=len(part))
             number = np.where(left > 0, len(self._start) - 2 + (left > 0).cumsum(), -1)
-            self._options.update(zip(missing[part].tolist(), number.tolist(), strict=True))
-            self._tokens = np.concatenate([self._tokens, tokens[kept].astype(np.int32)])
+            known.update(zip(part.tolist(), number.tolist(), strict=True))
+            self._tokens = np.concatenate([self._tokens, tokens.astype(np.int32)])
             self._start = np.concatenate([self._start, self._start[-1] + left[left > 0].cumsum()])
-        return np.array([self._options[key] for key in keys.tolist()], dtype=np.int64)[inverse]
+        return np.array([known[key] for key in keys.tolist()], dtype=np.int64)[inverse]
+
+    def listed(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens under way in each state `begun` [m] of a plan, one after the other, and how many each has [m]."""
+        options = self.options(plan.tree.tokens[plan.begun], plan.so_far) if plan.options is None else plan.options
+        return self.tokens(options)
 
     def tokens(self, options: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of each of `options` [m], one after the other, and how many each has [m]."""
