@@ -86,7 +86,7 @@ class BridgedExpert:
         out = pages.empty((*input_ids.shape, self.bridge.base.width), torch.float32, device)
         flat, places, following = out.flatten(0, 1), [], []
         windows = list(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True))
-        plans = self._plans_of([ids[mask & is_text[ids]] for ids, mask in windows])
+        plans = self.plans([ids[mask & is_text[ids]] for ids, mask in windows])
         for row, ((ids, mask), plan) in enumerate(zip(windows, plans, strict=True)):
             # Row t predicts what follows position t: the text token of that number.
             number = np.cumsum(is_text[ids[mask]])
@@ -138,7 +138,7 @@ class BridgedExpert:
         previous = torch.from_numpy(np.append(-1, plan.base_ids)[positions])
         return positions, self.bridge.project(logits[nodes], previous=previous)
 
-    def _plans_of(self, texts: Sequence[np.ndarray]) -> list[Plan]:
+    def plans(self, texts: Sequence[np.ndarray]) -> list[Plan]:
         """The plans of texts given as base tokens; those not known are made together and kept."""
         keys = [tokens.tobytes() for tokens in texts]
         missing = {key: tokens for key, tokens in zip(keys, texts, strict=True) if key not in self._plans}

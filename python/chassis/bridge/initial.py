@@ -8,20 +8,18 @@ Alone it is a poor start; part of it beside the Gauss-Newton step is a better on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from chassis.bridge.reading import Models, read
 from chassis.bridge.semantic import head_by_rows
-from chassis.bridge.windows import TextWindow
 from chassis.closed_form import Change, full_change
 from chassis.errors import BridgeError
 from chassis.experts import Readout
-from chassis.models import inspect_head
-from chassis.probes import Window
+from chassis.models import capture, inspect_head
+from chassis.probes import Window, pad
 from chassis.statistics import Statistics
 from chassis_kernels import ridge
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:  # which offers this change
     from chassis.bridge.expert import BridgedExpert
 
 ROWS = 32  # places that both models read for each column of A
+AT_ONCE = 16  # windows of a batch
 
 
 @torch.no_grad()
@@ -44,14 +43,30 @@ def semantic_change(model: torch.nn.Module, expert: BridgedExpert, windows: Sequ
             f"the base caps its logits at {base.softcap} and the expert at {theirs.softcap}: give --init newton"
         )
     statistics = Statistics(base, head_by_rows("ridge", bridge, base, theirs).readout)
-    models = Models(model, head.logits, expert.bos_id, expert.model, expert.start_id)
-    for window in windows:
-        ids = window.ids[bridge.base.is_text[window.ids]]
-        reading = read(models, bridge, TextWindow(b"".join(bridge.base.bytes[i] for i in ids).decode(), 0))
-        node = reading.ended(bridge)
-        kept = np.flatnonzero((node >= 0) & reading.base_hidden.isfinite().all(1).cpu().numpy())
-        x, y = reading.base_hidden[torch.from_numpy(kept)], reading.hidden[torch.from_numpy(node[kept])]
-        statistics.final.update(x.float(), y.float())
+    for begin in range(0, len(windows), AT_ONCE):
+        for x, y in _pairs(model, expert, windows[begin : begin + AT_ONCE]):
+            statistics.final.update(x.float(), y.float())
         if statistics.final.rows >= ROWS * head.width:
             break
     return full_change(statistics, ridge.solve(statistics.final, alpha).W)
+
+
+def _pairs(
+    model: torch.nn.Module, expert: BridgedExpert, windows: Sequence[Window]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each window the states [n, D_B] of the base and [n, D_E] of the expert after the same text: where a token of the
+    base ends and one of the expert's, as it encodes the whole window."""
+    is_text, device = expert.bridge.base.is_text, model.get_input_embeddings().weight.device
+    plans = expert.plans([window.ids[is_text[window.ids]].astype(np.int64) for window in windows])
+    ids, mask, _ = pad([window.ids for window in windows], "right")
+    own, own_mask, _ = pad([np.array([expert.start_id, *plan.expert_ids]) for plan in plans], "right")
+    base = capture(model, ids.to(device), mask.to(device)).final
+    theirs = expert.model.get_input_embeddings().weight.device
+    others = capture(expert.model, own.to(theirs), own_mask.to(theirs)).final.to(device)
+    for row, (window, plan) in enumerate(zip(windows, plans, strict=True)):
+        trunk = plan.ended <= plan.tree.n_trunk
+        position, node = np.repeat(np.arange(len(plan)), np.diff(plan.ended_start))[trunk], plan.ended[trunk]
+        number = np.cumsum(is_text[window.ids])  # of the text token that comes after each place
+        place = np.searchsorted(number, position, side="right") - 1
+        seen = place >= 0  # nothing precedes the first token of a base without bos
+        yield base[row, torch.from_numpy(place[seen])], others[row, torch.from_numpy(node[seen])]
