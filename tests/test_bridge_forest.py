@@ -1,6 +1,7 @@
 """The expert's states of several texts, read at once, and what becomes of q when branches are left out."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -54,3 +55,12 @@ def test_models_that_do_not_pack_are_read_a_text_at_a_time(tiny_lm, expert, brid
     assert not reader.packs and len(found.logits) == len(packed.logits)
     q, other = (bridge.apply(read.plan, read.logits, log_sums=read.log_sums).log_q.exp() for read in (found, packed))
     assert torch.allclose(q, other, atol=1e-6)
+
+
+def test_sums_are_right_where_the_first_logit_is_minus_infinity(tiny_lm, expert, bridge):
+    reader, plans = Reader(tiny_lm("llama"), 0, bridge), [bridge.plan("the quick foxes")]
+    head = type(reader.head)
+    logits_ = head.logits_
+    with mock.patch.object(head, "logits_", lambda *a: logits_(*a).index_fill_(1, torch.tensor([0]), -torch.inf)):
+        read = reader.read(plans)
+    assert torch.allclose(read.log_sums, read.logits.logsumexp(1))

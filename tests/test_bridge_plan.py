@@ -15,7 +15,7 @@ from chassis.bridge.under_way import UnderWay
 from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, byte_level, sentencepiece_bpe, unigram
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
@@ -100,6 +100,7 @@ def pair(request):
 
 
 @settings(max_examples=60, deadline=None)
+@example("the quick12345678901 x1234567\n\n\n     \n   return")
 @given(st.text("thequick returnXY.(\"'sd)\n\t\r 1234é日  ", max_size=60))
 def test_encodings_are_taken_up_where_they_would_be_the_same_from_the_start(pair, text):
     tokens, base, known = pair

@@ -139,7 +139,8 @@ class BridgedExpert:
         return positions, self.bridge.project(logits[nodes], previous=previous)
 
     def plans(self, texts: Sequence[np.ndarray]) -> list[Plan]:
-        """The plans of texts given as base tokens; those not known are made together and kept."""
+        """The plans of texts given as base tokens [n] int64; those not known are made together and kept. Raises BridgeError
+        for tokens that are not the base's encoding of their text."""
         keys = [tokens.tobytes() for tokens in texts]
         missing = {key: tokens for key, tokens in zip(keys, texts, strict=True) if key not in self._plans}
         if len(self._plans) + len(missing) > PLANS:
