@@ -88,6 +88,7 @@ PATTERNS = {
     "llama-3": r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "digits from the right": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))| ?[^\s\p{N}]+|\s+(?!\S)|\s+",
     "case": r"[^\r\n\p{L}\p{N}]?(?:\p{Lu}*\p{Ll}+|\p{Lu}+)|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+(?!\S)|\s+",
+    "two characters ahead": r"[a-m]+(?=[a-m][n-z])| ?[a-m]?[n-z]+| ?[a-m]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{L}+",
 }
 
 
@@ -100,6 +101,7 @@ def pair(request):
 
 
 @settings(max_examples=60, deadline=None)
+@example("heicks, quicks")
 @example("the quick12345678901 x1234567\n\n\n     \n   return")
 @given(st.text("thequick returnXY.(\"'sd)\n\t\r 1234é日  ", max_size=60))
 def test_encodings_are_taken_up_where_they_would_be_the_same_from_the_start(pair, text):

@@ -1,8 +1,8 @@
 """Where the encoding of a text can be taken up, so that its beginnings need not be encoded from the start.
 
 Patterns split a text from left to right and look ahead but a character or two, and pre-tokens are encoded each for itself.
-So what ends within a pre-token is split as the whole text is, up to where the pre-token before begins. Only runs of digits
-or of white space may be split by what stands at their end: these are not cut.
+So a text that breaks off is split as the whole text is, up to two characters before its end. Only runs of digits or of white
+space may be split by what stands at their end: these are not cut.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from chassis.text.token_bytes import TokenBytes
 
+LOOKAHEAD = 2  # characters
 WHITE, DIGIT, OTHER, PART = range(4)  # kinds of bytes; of parts of characters nothing is known
 KINDS = np.array(
     [PART if b >= 0x80 else WHITE if chr(b).isspace() else DIGIT if chr(b).isdigit() else OTHER for b in range(256)]
@@ -29,12 +30,12 @@ def pretoken_begins(tokens: TokenBytes, texts: Sequence[str], byte: np.ndarray, 
     return np.concatenate(found)
 
 
-def resumed(ends: np.ndarray, own: np.ndarray, pieces: np.ndarray, begins: np.ndarray, sure: np.ndarray) -> np.ndarray:
-    """Where to take up the encoding up to each of `ends` [n], which lie in the pieces numbered `own` [n]: at the last of the
-    `sure` places among pre-tokens' `begins` but one, or where the piece begins. All sorted."""
-    places = np.union1d(begins, pieces)
-    one_before = places[np.maximum(np.searchsorted(places, ends) - 2, 0)]
-    at = np.searchsorted(sure, one_before, side="right") - 1
+def resumed(ends: np.ndarray, own: np.ndarray, pieces: np.ndarray, sure: np.ndarray, byte: np.ndarray) -> np.ndarray:
+    """Where to take up the encoding of `byte` up to each of `ends` [n], which lie in the pieces numbered `own` [n]: at the
+    last of the `sure` places LOOKAHEAD characters back, or where the piece begins. All sorted."""
+    characters = np.flatnonzero((byte & 0xC0) != 0x80)
+    back = characters[np.maximum(np.searchsorted(characters, ends) - LOOKAHEAD, 0)]
+    at = np.searchsorted(sure, back, side="right") - 1
     return np.maximum(pieces[own], np.append(sure, 0)[at])
 
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from chassis.bridge.packed import PackedStates, packs
-from chassis.bridge.plan import Plan, Tree
+from chassis.bridge.plan import Plan
 from chassis.bridge.states import tree_logits
 from chassis.bridge.stretches import log_totals, starts
+from chassis.bridge.tree import Tree
 from chassis.models import inspect_head
 from chassis_kernels import pages
 

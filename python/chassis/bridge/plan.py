@@ -21,33 +21,13 @@ import numpy as np
 
 from chassis.bridge.cuts import pretoken_begins, resumed, sure_places
 from chassis.bridge.stretches import ranges, starts
-from chassis.bridge.under_way import Tokens, UnderWay
+from chassis.bridge.tree import Tree, Trees
+from chassis.bridge.under_way import UnderWay
 from chassis.text.token_bytes import Encoded, TokenBytes
 
 PIECE_ENDS = re.compile(rb"[^ \t\r\n] ")
 Followed = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 WHITE = np.frombuffer(b" \t\r\n", dtype=np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class Tree:
-    """Nodes are states after a token; node 0 is the state before any. Nodes 0..n_trunk encode the whole text, in order."""
-
-    tokens: np.ndarray  # [n_nodes] int64, the token that leads to a node; -1 for node 0
-    parent: np.ndarray  # [n_nodes] int64, always a smaller number; -1 for node 0
-    depth: np.ndarray  # [n_nodes] int64
-    n_trunk: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def path(self, node: int) -> list[int]:
-        """Tokens from the beginning to `node`."""
-        path = []
-        while node > 0:
-            path.append(int(self.tokens[node]))
-            node = int(self.parent[node])
-        return path[::-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,65 +93,6 @@ def _cut(values: list, start: np.ndarray) -> tuple[tuple, ...]:
     return tuple(tuple(values[a:b]) for a, b in pairwise(start.tolist()))
 
 
-class _Grower:
-    """The trees of several texts while they grow; `roots` are the states where the pieces of the trunks begin, of one text
-    after the other."""
-
-    def __init__(self, pieces: list[Tokens], text: list[int]) -> None:
-        self.tokens: list[int] = []
-        self.parent: list[int] = []
-        self.children: dict[tuple[int, int], int] = {}
-        self.roots: list[int] = []
-        self.sizes = [len(ids) for ids in pieces]
-        self.n_trunk: list[int] = []
-        for ids, own in zip(pieces, text, strict=True):
-            if len(self.n_trunk) <= own:
-                end = len(self.tokens)
-                self.tokens.append(-1)
-                self.parent.append(-1)
-                self.n_trunk.append(0)
-            self.roots.append(end)
-            end = self.walk(end, ids)
-            self.n_trunk[own] += len(ids)
-
-    def walk(self, node: int, path: Tokens) -> int:
-        """The node at the end of `path` from `node`, made where it is missing."""
-        children = self.children
-        for token in path:
-            child = children.get((node, token))
-            if child is None:
-                child = children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parent.append(node)
-            node = child
-        return node
-
-    def trunk_ends(self, lengths: np.ndarray, pieces: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The trunks' states after a token, and where it ends, both in order; `lengths` [V] of the tokens, `pieces` and
-        their `ends`. Not of pieces to which the lengths of their tokens do not add up."""
-        first, piece = starts(np.array(self.sizes)), np.repeat(np.arange(len(pieces)), self.sizes)
-        nodes = np.arange(len(piece)) + (np.array(self.roots) + 1 - first[:-1])[piece]
-        total = np.append(0, lengths[np.array(self.tokens)[nodes]].cumsum())
-        begin = total[first]
-        sure = (np.diff(begin) == ends - pieces)[piece]
-        return nodes[sure], ((pieces - begin[:-1])[piece] + total[1:])[sure]
-
-    def trees(self) -> tuple[list[Tree], np.ndarray]:
-        """The tree of each text, and the number that each node has in its own."""
-        depth, text = [], []
-        for parent in self.parent:
-            depth.append(depth[parent] + 1 if parent >= 0 else 0)
-            text.append(text[parent] if parent >= 0 else text[-1] + 1 if text else 0)
-        tokens, parent, depth, text = (np.array(x, dtype=np.int64) for x in (self.tokens, self.parent, depth, text))
-        order = np.argsort(text, kind="stable")
-        first = np.searchsorted(text[order], np.arange(len(self.n_trunk) + 1))
-        own = np.empty_like(order)
-        own[order] = np.arange(len(order)) - first[text[order]]
-        above = np.where(parent < 0, -1, own[parent])
-        parts = (np.split(x[order], first[1:-1]) for x in (tokens, above, depth))
-        return [Tree(*columns, n) for *columns, n in zip(*parts, self.n_trunk, strict=True)], own
-
-
 def make_plans(
     expert: TokenBytes, base: TokenBytes, under_way: UnderWay, texts: Sequence[str], followed: Followed | None = None
 ) -> list[Plan]:
@@ -209,25 +130,25 @@ class _Draft:
         self.slots = np.unique(np.concatenate([self.slot_ended, self.slot_begun]))
         whole = [self.data[a:b] for a, b in zip(pieces.tolist(), ends.tolist(), strict=True)]
         known = under_way.alone(whole)
-        self.grower = _Grower([known[part] for part in whole], self.text.tolist())
+        self.trees = Trees([known[part] for part in whole], self.text)
         # Beginnings are taken up where the encoding of the trunk can be: `roots`, the states there.
         of = np.searchsorted(pieces + np.arange(len(pieces)), self.slots, side="right") - 1
-        nodes, token_ends = self.grower.trunk_ends(expert.lengths, pieces, ends)
+        nodes, token_ends = self.trees.trunk_ends(expert.lengths, pieces, ends)
         pretokens = pretoken_begins(expert, [own.data.decode() for own in encoded], byte, first[:-1])
-        begin = resumed(self.slots - of, of, pieces, pretokens, sure_places(byte, pretokens, token_ends))
+        begin = resumed(self.slots - of, of, pieces, sure_places(byte, pretokens, token_ends), byte)
         at = np.searchsorted(token_ends, begin, side="right") - 1
-        self.roots = np.where(begin == pieces[of], np.array(self.grower.roots)[of], np.append(nodes, 0)[at])
+        self.roots = np.where(begin == pieces[of], self.trees.roots[of], np.append(nodes, 0)[at])
         self.beginnings = [self.data[a:b] for a, b in zip(begin.tolist(), (self.slots - of).tolist(), strict=True)]
 
     def plans(self, followed: Followed | None) -> list[Plan]:
-        expert, under_way, grower = self.expert, self.under_way, self.grower
+        expert, under_way, grown = self.expert, self.under_way, self.trees
         data, places, which, inside = self.data, self.places, self.which, self.inside
         (e, p, node), slots = self.begun_tokens, self.slots
         known = under_way.encodings(self.beginnings)
         found = [known[beginning] for beginning in self.beginnings]
         path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
         paths, roots = [path for paths in found for path in paths], np.repeat(self.roots, np.diff(path_start))
-        before = np.array(grower.tokens)[roots].tolist()
+        before = grown.tokens[roots].tolist()
         last = np.array([path[-1] if path else token for path, token in zip(paths, before, strict=True)], dtype=np.int64)
 
         path_begun, of_begun = ranges(path_start, np.searchsorted(slots, self.slot_begun))
@@ -251,10 +172,10 @@ class _Draft:
             roots = np.concatenate([roots, roots[[path for _, path, _ in more]]])
             paths += [(*paths[path], token) for _, path, token in more]
 
+        needed = np.unique(np.concatenate([path_ended, path_begun]))
         state = np.zeros(len(paths), dtype=np.int64)
-        for path in np.unique(np.concatenate([path_ended, path_begun])).tolist():
-            state[path] = grower.walk(roots[path], paths[path])
-        n_states = len(grower.tokens)
+        state[needed] = grown.grow(roots[needed], [paths[path] for path in needed.tolist()])
+        n_states = len(grown.tokens)
         place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
         order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))
         of_begun, path_begun, options = of_begun[order], path_begun[order], options[order]
@@ -262,7 +183,7 @@ class _Draft:
         take_begun, of_ = ranges(np.searchsorted(p[of_begun], np.arange(len(places) + 1)), which)
         bounds = np.arange(len(which) + 1)
         ended_start, begun_start = np.searchsorted(of, bounds), np.searchsorted(of_, bounds)
-        trees, own = grower.trees()
+        trees, own = grown.apart()
         ended, begun = own[ended[take_ended]], own[state[path_begun][take_begun]]
         so_far, sizes = node[of_begun][take_begun], (places[p] - e)[of_begun][take_begun]
         options = options[take_begun]

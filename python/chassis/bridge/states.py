@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from chassis.bridge.plan import Tree
+from chassis.bridge.tree import Tree
 from chassis.errors import ModelError
 from chassis.models.forward import title
 

@@ -14,6 +14,7 @@ from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.pretokens import FOLLOWING
 from chassis.bridge.stretches import ranges, starts
+from chassis.bridge.tree import Tokens
 from chassis_kernels import BridgeTable
 
 if TYPE_CHECKING:  # made with this
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # made with this
 CELLS = 4_000_000  # tokens looked at at once
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
 OTHERS = FOLLOWING[1:]  # than nothing
-Tokens = tuple[int, ...]
 
 
 class UnderWay:
