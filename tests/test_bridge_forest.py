@@ -7,6 +7,7 @@ import pytest
 import torch
 from chassis.bridge import Bridge, tree_logits
 from chassis.bridge.forest import Reader
+from chassis.models import capture
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, sentencepiece_bpe
 
@@ -55,6 +56,9 @@ def test_models_that_do_not_pack_are_read_a_text_at_a_time(tiny_lm, expert, brid
     assert not reader.packs and len(found.logits) == len(packed.logits)
     q, other = (bridge.apply(read.plan, read.logits, log_sums=read.log_sums).log_q.exp() for read in (found, packed))
     assert torch.allclose(q, other, atol=1e-6)
+    own = [torch.tensor([[0, *plan.expert_ids]]) for plan in plans]
+    alone = torch.cat([capture(model, ids).final[0] for ids in own])
+    assert all(torch.allclose(read.trunks, alone, atol=1e-4) for read in (found, packed))
 
 
 def test_sums_are_right_where_the_first_logit_is_minus_infinity(tiny_lm, expert, bridge):

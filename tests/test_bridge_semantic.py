@@ -5,17 +5,21 @@ import pytest
 import torch
 from chassis.bridge import Bridge
 from chassis.bridge.expert import BridgedExpert
-from chassis.bridge.initial import semantic_change
 from chassis.bridge.matching_pursuit import matching_pursuit
 from chassis.bridge.reading import Models, read
 from chassis.bridge.semantic import ALPHA, MODES, OnOpenMass, SemanticHead, head_by_rows, head_by_states
 from chassis.bridge.windows import text_windows
+from chassis.checkpoint import Checkpoint
 from chassis.errors import BridgeError
 from chassis.experts import Readout
+from chassis.fit import collect
 from chassis.models import capture, inspect_head
+from chassis.probes import Probe
 from chassis.text.token_bytes import TokenBytes
 from families import TEXTS, byte_level, sentencepiece_bpe
 from support import documents
+
+from chassis_kernels import Moments
 
 ROWS = MODES[:-1]
 
@@ -175,7 +179,10 @@ def test_the_change_towards_oneself_is_none_and_towards_another_is_the_lens(tiny
     def change(expert):
         through = BridgedExpert(expert, bridge, tokens.roles["eos"], tokens.roles["eos"])
         windows = through.windows(documents(24, length=200), 48)[:16]
-        found = semantic_change(base, through, windows, 1e-9)
+        readout = Readout.of(inspect_head(base))
+        statistics = collect(Probe(base, through), readout, windows, Checkpoint(None, ""), lambda *_: None)
+        assert statistics.pairs.rows == sum(len(window.ids) - 1 for window in windows)  # nothing follows the last row
+        found = through.semantic_change(readout, statistics.pairs, 1e-9)
         return found.factor @ torch.cat(found.joint, 1).double().T, found.bias, windows
 
     same, shift, _ = change(base)
@@ -194,6 +201,10 @@ def test_the_change_towards_oneself_is_none_and_towards_another_is_the_lens(tiny
 
 def test_a_change_between_heads_that_cap_differently_is_refused(tiny_lm, tiny_tokenizer):
     tokens = TokenBytes.from_tokenizer(tiny_tokenizer)
-    expert = BridgedExpert(tiny_lm("gemma2"), Bridge.build(tokens, tokens, "canonical"), 0, None)
+    base, bridge = Readout.of(inspect_head(tiny_lm("llama"))), Bridge.build(tokens, tokens, "canonical")
+    expert = BridgedExpert(tiny_lm("gemma2"), bridge, 0, None)
+    pairs = Moments(base.weight.shape[1], expert.width)
     with pytest.raises(BridgeError, match="caps its logits at None and the expert at 3.0"):
-        semantic_change(tiny_lm("llama"), expert, [], 1e-4)
+        expert.semantic_change(base, pairs, 1e-4)
+    with pytest.raises(BridgeError, match="no place of the text where tokens of both models end"):
+        BridgedExpert(tiny_lm("qwen3"), bridge, 0, None).semantic_change(base, pairs, 1e-4)

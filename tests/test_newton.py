@@ -33,7 +33,7 @@ def readout(softcap=None, scale=1.0, bias=True):
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.5}, {"bias": False}], ids=str)
 def test_targets_are_the_damped_newton_step(options):
     base = readout(**options)
-    statistics = ProbabilityStatistics(base, Readout(None))
+    statistics = ProbabilityStatistics(base, Readout(None), 4)
     parts = batches(base)
     for rows in parts:
         statistics.update(rows)
@@ -57,7 +57,7 @@ def test_targets_are_the_damped_newton_step(options):
 
 def test_the_step_that_leaves_least_on_validation_is_taken():
     base, expert = readout(), Readout(None)
-    statistics = ProbabilityStatistics(base, expert)
+    statistics = ProbabilityStatistics(base, expert, 4)
     for rows in batches(base):
         statistics.update(rows)
     held = batches(base, n=1, seed=5)
@@ -85,7 +85,7 @@ def test_changes_add_up_as_matrices():
 
 def test_another_change_is_added_as_far_as_validation_likes_it():
     base, expert = readout(), Readout(None)
-    statistics = ProbabilityStatistics(base, expert)
+    statistics = ProbabilityStatistics(base, expert, 4)
     for rows in batches(base):
         statistics.update(rows)
     held, right = batches(base, n=1, seed=5), true_change(base)
@@ -104,7 +104,7 @@ def test_another_change_is_added_as_far_as_validation_likes_it():
 
 def test_no_finite_kl_is_said_and_not_papered_over():
     base = readout()
-    statistics = ProbabilityStatistics(base, Readout(None))
+    statistics = ProbabilityStatistics(base, Readout(None), 4)
     (rows,) = batches(base, n=1)
     statistics.update(rows)
     broken = dataclasses.replace(rows, expert=torch.full_like(rows.expert, torch.nan))
@@ -116,7 +116,7 @@ def test_probabilities_with_zeros_are_fine():
     base = readout()
     (rows,) = batches(base, n=1)
     blocked = torch.where(torch.arange(20) < 5, -torch.inf, rows.expert)
-    statistics = ProbabilityStatistics(base, Readout(None))
+    statistics = ProbabilityStatistics(base, Readout(None), 4)
     statistics.update(Rows(rows.final, blocked.log_softmax(1), {}, rows.next_ids, rows.n_bytes, rows.window))
     assert statistics.newton(1.0).final.C.isfinite().all()
 
@@ -124,11 +124,11 @@ def test_probabilities_with_zeros_are_fine():
 def test_a_saved_state_goes_on_bit_for_bit():
     base = readout()
     parts = batches(base)
-    whole, first = (ProbabilityStatistics(base, Readout(None)) for _ in range(2))
+    whole, first = (ProbabilityStatistics(base, Readout(None), 4) for _ in range(2))
     for rows in parts:
         whole.update(rows)
     first.update(parts[0])
-    second = ProbabilityStatistics(base, Readout(None))
+    second = ProbabilityStatistics(base, Readout(None), 4)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
     for rows in parts[1:]:
         second.update(rows)

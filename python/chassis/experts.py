@@ -19,6 +19,7 @@ from chassis.text.corpus import Document
 if TYPE_CHECKING:  # these know of experts
     from chassis.closed_form import Change
     from chassis.probes import Window
+    from chassis_kernels import Moments
 
 
 class Readout(NamedTuple):
@@ -60,15 +61,26 @@ class ProbabilityExpert(Expert, Protocol):
     """Rows are log-probabilities over the base's tokens; a row of infinities says nothing and is left out.
 
     `windows` cuts documents where both models can read them. `plain_forward` is what reading windows costs the expert alone.
-    `semantic_change` is a change of the logits of the base `model` that the expert's states foretell, to start from; it
-    raises BridgeError where they foretell none.
+    `rows` also adds to `pairs`, Moments(D, width), the final states of both models where they have read the same text, as
+    long as it needs more of them. From these `semantic_change` is the change of the logits of the base `readout` that the
+    expert's states foretell, to start from; it raises BridgeError where they foretell none.
     """
+
+    width: int  # of its final states
 
     def windows(self, documents: Sequence[Document], length: int) -> list[Window]: ...
 
     def plain_forward(self, windows: Sequence[Window]) -> None: ...
 
-    def semantic_change(self, model: torch.nn.Module, windows: Sequence[Window], alpha: float) -> Change: ...
+    def rows(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        base_final: torch.Tensor,
+        pairs: Moments | None = None,
+    ) -> torch.Tensor: ...
+
+    def semantic_change(self, base: Readout, pairs: Moments, alpha: float) -> Change: ...
 
 
 class ModelExpert:

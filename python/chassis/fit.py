@@ -146,7 +146,7 @@ def fit(
     clock.mark("statistics")
     held = _held(probe, windows) if expert.log_probs or options.refine_steps else []
     clock.mark("validation_rows")
-    closed = _closed_form(statistics, probe, windows["fit"], held, options)
+    closed = _closed_form(statistics, expert, held, options)
     names = located(base.name), located(expert.name)
     lens = fit_lens(closed.statistics, options.alpha, LensConfig(*names, base.vocabulary_hash))
     ranks = sorted({options.rank, *options.ranks})
@@ -185,8 +185,11 @@ def collect(
     probe: Probe, base: Readout, windows: Sequence[Window], checkpoint: Checkpoint, progress: Progress
 ) -> Statistics:
     """One pass over `windows`: moments of every layer and the mean probabilities; goes on from `checkpoint`."""
-    kind = ProbabilityStatistics if probe.expert.log_probs else Statistics
-    statistics = kind(base, probe.expert.readout, layers=probe.layers)
+    if probe.expert.log_probs:
+        statistics = ProbabilityStatistics(base, probe.expert.readout, probe.expert.width)
+        probe = replace(probe, pairs=statistics.pairs)
+    else:
+        statistics = Statistics(base, probe.expert.readout, layers=probe.layers)
     total = -(-len(windows) // probe.batch_size)
     done = checkpoint.load(statistics)
     progress("statistics", done, total)
@@ -198,15 +201,13 @@ def collect(
     return statistics
 
 
-def _closed_form(
-    statistics: Statistics, probe: Probe, windows: Sequence[Window], held: list[Rows], options: FitOptions
-) -> ClosedForm:
-    if not probe.expert.log_probs:
+def _closed_form(statistics: Statistics, expert: Expert, held: list[Rows], options: FitOptions) -> ClosedForm:
+    if not expert.log_probs:
         return closed_form(statistics, options.alpha)
     semantic = None
     if options.init != "newton":
         try:
-            semantic = probe.expert.semantic_change(probe.model, windows, options.alpha)
+            semantic = expert.semantic_change(statistics.base, statistics.pairs, options.alpha)
         except BridgeError as error:
             if options.init == "semantic":
                 raise
@@ -307,6 +308,7 @@ def _check_expert(base: Base, expert: Expert) -> None:
 
 def _identity(base: Base, expert: Expert, windows: Sequence[Window], layers: tuple[int, ...], options: FitOptions) -> str:
     parts = base.name, base.vocabulary_hash, expert.name, fingerprint(windows), layers, options.positions, options.batch_size
+    parts += (expert.width,) if expert.log_probs else ()
     heads = [float(r.weight.double().sum()) for r in (base.readout, expert.readout) if r.weight is not None]
     return repr((*parts, *heads))
 

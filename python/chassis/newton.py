@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -27,7 +27,7 @@ from chassis.experts import Readout
 from chassis.probes import Rows
 from chassis.refine import mean_kl
 from chassis.statistics import Statistics
-from chassis_kernels import ridge
+from chassis_kernels import Moments, ridge
 
 DAMPING = 1e-2  # added to F, relative to its mean eigenvalue
 STEP, SEMANTIC = "Gauss-Newton step", "semantic change"
@@ -38,11 +38,12 @@ TILE = 256  # rows whose probabilities exist at a time
 
 
 class ProbabilityStatistics(Statistics):
-    """Moments of (h, g); `p_sum` is the sum of the expert's probabilities, `base_p_sum` of the base's."""
+    """Moments of (h, g); `p_sum` is the sum of the expert's probabilities, `base_p_sum` of the base's. `pairs` are the
+    moments of the final states of both models (`experts.ProbabilityExpert`), the expert's of width `paired`."""
 
-    def __init__(self, base: Readout, expert: Readout, *, layers: tuple[int, ...] = (), fisher_stride: int = 8) -> None:
-        super().__init__(base, base, layers=(), fisher_stride=fisher_stride)
-        self.target = expert
+    def __init__(self, base: Readout, expert: Readout, paired: int) -> None:
+        super().__init__(base, base)
+        self.target, self.pairs = expert, Moments(base.weight.shape[1], paired, device=base.weight.device)
         self.base_p_sum = torch.zeros_like(self.p_sum)
 
     def update(self, rows: Rows) -> None:
@@ -55,6 +56,10 @@ class ProbabilityStatistics(Statistics):
             change = q.sub_(p) if slope is None else q.sub_(p).mul_(slope)
             self.final.update(hidden, (change @ self.base.weight.float()).mul_(self.base.scale))
         self.n_rows += len(rows.final)
+
+    def _moments(self) -> Iterator[tuple[str, Moments]]:
+        yield from super()._moments()
+        yield "pairs", self.pairs
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return super().state_dict() | {"base_p_sum": self.base_p_sum}

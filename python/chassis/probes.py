@@ -22,7 +22,7 @@ from chassis.experts import Expert
 from chassis.files import write_file
 from chassis.models import capture
 from chassis.text.corpus import Document
-from chassis_kernels import pages
+from chassis_kernels import Moments, pages
 
 KEYS = "fit_windows.safetensors"
 
@@ -140,7 +140,8 @@ def fingerprint(windows: Iterable[Window]) -> str:
 
 @dataclass
 class Probe:
-    """Runs base and expert over windows. `seconds` adds up the time spent in their forward passes."""
+    """Runs base and expert over windows. `seconds` adds up the time spent in their forward passes; `pairs` are moments that
+    an expert adds to (`experts.ProbabilityExpert`)."""
 
     model: torch.nn.Module
     expert: Expert
@@ -148,6 +149,7 @@ class Probe:
     positions: str = "all"
     batch_size: int = 16
     padding_side: str = "right"
+    pairs: Moments | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"base": 0.0, "expert": 0.0})
 
     def __post_init__(self) -> None:
@@ -172,7 +174,7 @@ class Probe:
         started = time.perf_counter()
         base = capture(self.model, ids, mask, layers=self.layers)
         middle = time.perf_counter()
-        expert = self.expert.rows(ids, mask, base.final)
+        expert = self.expert.rows(ids, mask, base.final, **({} if self.pairs is None else {"pairs": self.pairs}))
         self.seconds["base"] += middle - started
         self.seconds["expert"] += time.perf_counter() - middle
         chosen = mask.bool() & (expert[..., 0] < torch.inf) if self.expert.log_probs else mask.bool()

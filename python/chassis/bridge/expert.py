@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from chassis.bridge.bridge import FLOOR, Bridge
-from chassis.bridge.forest import Reader
-from chassis.bridge.initial import semantic_change
+from chassis.bridge.forest import Read, Reader
+from chassis.bridge.initial import add_pairs, semantic_change
 from chassis.bridge.plan import Plan
 from chassis.bridge.stretches import ranges, starts
 from chassis.bridge.windows import text_windows
@@ -19,7 +19,7 @@ from chassis.experts import Readout
 from chassis.models.forward import forward
 from chassis.probes import Window, pad
 from chassis.text.corpus import Document
-from chassis_kernels import pages
+from chassis_kernels import Moments, pages
 from chassis_kernels.bridge_project import Bridged
 
 PLANS = 4096  # texts whose plans are kept, at most: refinement comes back to them
@@ -77,11 +77,22 @@ class BridgedExpert:
         own = [np.array([self.start_id, *ids]) for ids in self.bridge.expert.ids_of(texts)]
         forward(self.model, *pad(own, "right")[:2])
 
-    def semantic_change(self, model: torch.nn.Module, windows: Sequence[Window], alpha: float) -> Change:
-        """What `initial.semantic_change` gives to start from."""
-        return semantic_change(model, self, windows, alpha)
+    @property
+    def width(self) -> int:
+        """Of the model's final states."""
+        return self._reader.head.width
 
-    def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor:
+    def semantic_change(self, base: Readout, pairs: Moments, alpha: float) -> Change:
+        """What `initial.semantic_change` gives to start from."""
+        return semantic_change(base, Readout.of(self._reader.head), self.bridge, pairs, alpha)
+
+    def rows(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        base_final: torch.Tensor,
+        pairs: Moments | None = None,
+    ) -> torch.Tensor:
         is_text, device = self.bridge.base.is_text, base_final.device
         out = pages.empty((*input_ids.shape, self.bridge.base.width), torch.float32, device)
         flat, places, following = out.flatten(0, 1), [], []
@@ -99,7 +110,12 @@ class BridgedExpert:
             place = np.concatenate([places[row] for row in group])
             order = np.argsort(source, kind="stable")
             begins = np.searchsorted(source[order], np.arange(begin[-1] + 1))
-            for positions, q in self._tiles([plans[row] for row in group]):
+            own = [plans[row] for row in group]
+            read = self._reader.read(own, self.share)
+            if pairs is not None:
+                follow, at = ([column[row] for row in group] for column in (following, places))
+                add_pairs(pairs, base_final.flatten(0, 1), read.trunks, own, follow, at)
+            for positions, q in self._tiles(read, own):
                 taken, of = ranges(begins, positions)
                 into = place[order[taken]]
                 silent[into] = False
@@ -108,9 +124,8 @@ class BridgedExpert:
         flat[torch.from_numpy(silent).to(device)] = torch.inf
         return out
 
-    def _tiles(self, plans: Sequence[Plan]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """(positions [m], their log q [m, V]) of texts that are read at once."""
-        read = self._reader.read(plans, self.share)
+    def _tiles(self, read: Read, plans: Sequence[Plan]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(positions [m], their log q [m, V]) of texts that were read at once."""
         if self.aligned_only:
             tiles = [self._aligned(plans[0], read.logits)]
         else:

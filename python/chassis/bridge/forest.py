@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from chassis.bridge.packed import PackedStates, packs
 from chassis.bridge.plan import Plan
-from chassis.bridge.states import tree_logits
+from chassis.bridge.states import tree_states
 from chassis.bridge.stretches import log_totals, starts
 from chassis.bridge.tree import Tree
 from chassis.models import inspect_head
@@ -42,6 +42,7 @@ class Read(NamedTuple):
     plan: Plan
     logits: Tensor  # [n_nodes, V] of the next token, at the nodes of its tree
     log_sums: Tensor  # [n_nodes] log Σ exp of each row, float32
+    trunks: Tensor  # [Σ (n_trunk + 1), D] final states along the trunk of each plan in turn
 
 
 class Reader:
@@ -59,15 +60,18 @@ class Reader:
         Raises ModelError for models that do not take a mask of which token attends to which either.
         """
         if not self.packs or max(len(plan.tree) for plan in plans) > LONGEST:
-            logits = torch.cat([tree_logits(self.model, plan.tree, self.start) for plan in plans])
-            return Read(Plan.join(plans), logits, torch.cat([part.float().logsumexp(1) for part in logits.split(TILE)]))
+            parts = [tree_states(self.model, plan.tree, self.start) for plan in plans]
+            logits = torch.cat([part for part, _ in parts])
+            trunks = torch.cat([hidden[: plan.tree.n_trunk + 1] for (_, hidden), plan in zip(parts, plans, strict=True)])
+            log_sums = torch.cat([part.float().logsumexp(1) for part in logits.split(TILE)])
+            return Read(Plan.join(plans), logits, log_sums, trunks)
         forest = _Forest(self, plans)
-        forest.read(np.flatnonzero(forest.rank == 0))
+        trunks = forest.read(np.flatnonzero(forest.rank == 0))
         if share and forest.rank.any():
             forest.read_likely(share)
         else:
             forest.read(np.flatnonzero(forest.rank > 0))
-        return forest.result()
+        return forest.result(trunks)
 
 
 class _Forest:
@@ -97,10 +101,10 @@ class _Forest:
             above = np.where(branch, self.plan.tree.parent[above], above)
         return rank
 
-    def read(self, nodes: np.ndarray) -> None:
-        """One pass over `nodes`, in order; those above them have been read."""
+    def read(self, nodes: np.ndarray) -> Tensor | None:
+        """One pass over `nodes` [n], in order; those above them have been read. Their final states [n, D]."""
         if not len(nodes):
-            return
+            return None
         tree, text, n_read = self.plan.tree, self.text[nodes], self.n_read
         counts = np.bincount(text, minlength=len(self.plans))
         rows = slice(n_read, n_read + len(nodes))
@@ -116,6 +120,7 @@ class _Forest:
             torch.sub(part[:, 0], torch.log_softmax(part, 1)[:, 0], out=log_sums)
             if not log_sums.isfinite().all():  # the first logit was not
                 torch.logsumexp(part, 1, out=log_sums)
+        return hidden
 
     def _attends(self, nodes: np.ndarray) -> Tensor:
         """Where each of `nodes` [n] attends, to its own path alone: [n, most nodes of a text]."""
@@ -187,7 +192,7 @@ class _Forest:
         sizes = sizes[on_trunk[plan.begun]]
         return np.logaddexp(encoded, log_totals(logs, starts(sizes)[begun_start]))
 
-    def result(self) -> Read:
+    def result(self, trunks: Tensor) -> Read:
         plan, tree = self.plan, self.plan.tree
         nodes = np.argsort(np.where(self.row < 0, len(self.row), self.row), kind="stable")[: self.n_read]
         parent = tree.parent[nodes]
@@ -207,7 +212,7 @@ class _Forest:
             sizes=plan.sizes[under_way],
             options=None if plan.options is None else plan.options[under_way],
         )
-        return Read(plan, self.logits[: self.n_read], self.log_sums[: self.n_read])
+        return Read(plan, self.logits[: self.n_read], self.log_sums[: self.n_read], trunks)
 
 
 def _kept(values: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,69 +4,66 @@
                              W_s: rows of the expert's width for the base's tokens, `head_by_rows("ridge")`
 
 Alone it is a poor start; part of it beside the Gauss-Newton step is a better one than the step alone (see `chassis.newton`).
+The states are those of the pass that collects the targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from chassis.bridge.bridge import Bridge
+from chassis.bridge.plan import Plan
 from chassis.bridge.semantic import head_by_rows
+from chassis.bridge.stretches import starts
 from chassis.closed_form import Change, full_change
 from chassis.errors import BridgeError
 from chassis.experts import Readout
-from chassis.models import capture, inspect_head
-from chassis.probes import Window, pad
 from chassis.statistics import Statistics
-from chassis_kernels import ridge
-
-if TYPE_CHECKING:  # which offers this change
-    from chassis.bridge.expert import BridgedExpert
+from chassis_kernels import Moments, ridge
 
 ROWS = 32  # places that both models read for each column of A
-AT_ONCE = 16  # windows of a batch
 
 
-@torch.no_grad()
-def semantic_change(model: torch.nn.Module, expert: BridgedExpert, windows: Sequence[Window], alpha: float) -> Change:
-    """The full-rank change of the logits of the base `model`, from as many of `windows` as have ROWS places a column.
+def semantic_change(base: Readout, expert: Readout, bridge: Bridge, pairs: Moments, alpha: float) -> Change:
+    """The full-rank change of the logits of the base, from the moments of final states (base's, expert's) of `add_pairs`.
 
-    Raises BridgeError where the vocabularies share too few tokens, or the two models cap their logits differently.
+    Raises BridgeError where the vocabularies share too few tokens, or the two models cap their logits differently, and
+    without any pairs.
     """
-    head, bridge = inspect_head(model), expert.bridge
-    base, theirs = Readout.of(head), Readout.of(inspect_head(expert.model))
-    if base.softcap != theirs.softcap:
+    if base.softcap != expert.softcap:
         raise BridgeError(
-            f"the base caps its logits at {base.softcap} and the expert at {theirs.softcap}: give --init newton"
+            f"the base caps its logits at {base.softcap} and the expert at {expert.softcap}: give --init newton"
         )
-    statistics = Statistics(base, head_by_rows("ridge", bridge, base, theirs).readout)
-    for begin in range(0, len(windows), AT_ONCE):
-        for x, y in _pairs(model, expert, windows[begin : begin + AT_ONCE]):
-            statistics.final.update(x.float(), y.float())
-        if statistics.final.rows >= ROWS * head.width:
-            break
-    return full_change(statistics, ridge.solve(statistics.final, alpha).W)
+    if not pairs.rows:
+        raise BridgeError("no place of the text where tokens of both models end: give more text, or --init newton")
+    statistics = Statistics(base, head_by_rows("ridge", bridge, base, expert).readout)
+    statistics.final = pairs
+    return full_change(statistics, ridge.solve(pairs, alpha).W)
 
 
-def _pairs(
-    model: torch.nn.Module, expert: BridgedExpert, windows: Sequence[Window]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each window the states [n, D_B] of the base and [n, D_E] of the expert after the same text: where a token of the
-    base ends and one of the expert's, as it encodes the whole window."""
-    is_text, device = expert.bridge.base.is_text, model.get_input_embeddings().weight.device
-    plans = expert.plans([window.ids[is_text[window.ids]].astype(np.int64) for window in windows])
-    ids, mask, _ = pad([window.ids for window in windows], "right")
-    own, own_mask, _ = pad([np.array([expert.start_id, *plan.expert_ids]) for plan in plans], "right")
-    base = capture(model, ids.to(device), mask.to(device)).final
-    theirs = expert.model.get_input_embeddings().weight.device
-    others = capture(expert.model, own.to(theirs), own_mask.to(theirs)).final.to(device)
-    for row, (window, plan) in enumerate(zip(windows, plans, strict=True)):
-        trunk = plan.ended <= plan.tree.n_trunk
-        position, node = np.repeat(np.arange(len(plan)), np.diff(plan.ended_start))[trunk], plan.ended[trunk]
-        number = np.cumsum(is_text[window.ids])  # of the text token that comes after each place
-        place = np.searchsorted(number, position, side="right") - 1
-        seen = place >= 0  # nothing precedes the first token of a base without bos
-        yield base[row, torch.from_numpy(place[seen])], others[row, torch.from_numpy(node[seen])]
+def add_pairs(
+    pairs: Moments,
+    base: torch.Tensor,
+    trunks: torch.Tensor,
+    plans: Sequence[Plan],
+    following: Sequence[np.ndarray],
+    places: Sequence[np.ndarray],
+) -> None:
+    """Add final states where a token of the base ends and one of the expert's, as it encodes the whole text; nothing once
+    there are ROWS for each column. base [m, D_B] and the expert's along the `trunks` [Σ (n_trunk + 1), D_E] of `plans`; for
+    each plan the positions that are `following` those `places` of base."""
+    if pairs.rows >= ROWS * base.shape[1]:
+        return
+    first, rows, nodes = starts(np.array([plan.tree.n_trunk + 1 for plan in plans])), [], []
+    for plan, begin, after, own in zip(plans, first, following, places, strict=False):
+        position = np.repeat(np.arange(len(plan)), np.diff(plan.ended_start))
+        on_trunk, node = plan.ended <= plan.tree.n_trunk, np.full(len(plan), -1)
+        node[position[on_trunk]] = plan.ended[on_trunk]
+        there = node[after] >= 0
+        rows.append(own[there])
+        nodes.append(begin + node[after[there]])
+    x, y = base[torch.from_numpy(np.concatenate(rows))], trunks[torch.from_numpy(np.concatenate(nodes))]
+    pairs.update(x.float(), y.to(x.device).float())

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from chassis.bridge.tree import Tree
 from chassis.errors import ModelError
-from chassis.models.forward import title
+from chassis.models.forward import first_tensor, hooks, title, unembedding_of
 
 AT_ONCE = 512  # states of one forward pass
 
@@ -70,6 +70,16 @@ def _ancestors(known: Tensor, parent: Tensor) -> Tensor:
 def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
     """Logits [n_nodes, V] of the next token after each node; `start` is the token that opens a text for this model."""
     return ExpertStates(model, start).grow(tree.tokens, tree.parent)
+
+
+def tree_states(model: nn.Module, tree: Tree, start: int) -> tuple[Tensor, Tensor]:
+    """`tree_logits`, and the final states [n_nodes, D] that the unembedding read."""
+    read: list[Tensor] = []
+    unembedding, _ = unembedding_of(model)
+    with hooks() as handles:
+        handles.append(unembedding.register_forward_pre_hook(lambda _, args: read.append(first_tensor(args)[0])))
+        logits = tree_logits(model, tree, start)
+    return logits, torch.cat(read)
 
 
 def masked(model: nn.Module, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache):
