@@ -260,7 +260,8 @@ def test_save_and_load(tmp_path, counted, expert, base):
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         earlier = file.metadata() | {"version": "1"}
-    assert {f"{side}.{part}" for side in ("expert", "base") for part in ("context", "split", "joined")} < set(tensors)
+    parts = "alone", "context", "split", "joined"
+    assert {f"{side}.{part}" for side in ("expert", "base") for part in parts} < set(tensors)
     save_file({name: tensor for name, tensor in tensors.items() if "." not in name}, tmp_path / "earlier", earlier)
     for file in (path, tmp_path / "earlier"):
         check_loaded(file, counted, expert, base)
@@ -269,6 +270,7 @@ def test_save_and_load(tmp_path, counted, expert, base):
 def check_loaded(path, counted, expert, base):
     loaded = Bridge.load(path, expert, base)
     assert torch.equal(loaded.table.dense(), counted.table.dense()) and loaded.method == "counted"
+    assert all((mask.alone == counted.masks[side].alone).all() for side, mask in loaded.masks.items())
     plan = counted.plan("the dog")
     logits = random_logits(plan, expert.width)
     assert torch.equal(loaded.apply(plan, logits).log_q, counted.apply(plan, logits).log_q)

@@ -62,7 +62,7 @@ class Bridge:
         self.expert, self.base, self.method = expert, base, method
         self.table, self.leaves, self.unigram = table, leaves, unigram
         self.identical = expert.hash == base.hash and expert.bytes[: base.width] == base.bytes[: expert.width]
-        self._splits: dict[str, Splits | None] = {"expert": None, "base": None}
+        self._kept: dict[str, dict] = {"expert": {}, "base": {}}  # what a file told of the masks
         self._under_way: UnderWay | None = None
 
     @classmethod
@@ -110,7 +110,7 @@ class Bridge:
     @cached_property
     def masks(self) -> dict[str, CanonicalMask]:
         """What cannot follow a token of the "expert" and of the "base"."""
-        return {name: CanonicalMask(getattr(self, name), splits=splits) for name, splits in self._splits.items()}
+        return {name: CanonicalMask(getattr(self, name), **kept) for name, kept in self._kept.items()}
 
     def find_splits(self) -> Bridge:
         """Find out now what the masks will need, which `save` keeps; else it is found token by token as they come."""
@@ -284,6 +284,7 @@ class Bridge:
         }
         tensors = {"start": self.table.start, "ids": self.table.ids, "weights": self.table.weights, "unigram": self.unigram}
         for side, mask in self.find_splits().masks.items():
+            tensors[f"{side}.alone"] = torch.from_numpy(np.packbits(mask.alone))
             if mask.splits is not None:
                 tensors |= {f"{side}.{name}": torch.from_numpy(array) for name, array in mask.splits.pack().items()}
         return write_file(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, about))
@@ -314,9 +315,11 @@ class Bridge:
             )
         table = BridgeTable(tensors["start"], tensors["ids"], tensors["weights"], base.width, expert.width)
         bridge = cls(expert, base, about["method"], table, leaves, tensors["unigram"])
-        for side in bridge._splits:
+        for (side, kept), tokens in zip(bridge._kept.items(), (expert, base), strict=True):
             packed = {name: tensors[f"{side}.{name}"].numpy() for name in Splits._fields if f"{side}.{name}" in tensors}
-            bridge._splits[side] = Splits.unpack(packed) if packed else None
+            kept["splits"] = Splits.unpack(packed) if packed else None
+            if f"{side}.alone" in tensors:
+                kept["alone"] = np.unpackbits(tensors[f"{side}.alone"].numpy(), count=tokens.width).view(bool)
         return bridge
 
     def _same(self, logits: Tensor, temperature: float) -> Bridged:

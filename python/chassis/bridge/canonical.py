@@ -29,16 +29,24 @@ CELLS = 4_000_000  # pairs of tokens looked at at once
 
 
 class CanonicalMask:
-    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for. `splits`: what an earlier one has
-    found out with `find_splits`."""
+    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for. `splits` and `alone`: what an
+    earlier one has found out, with `find_splits` and when it was made."""
 
-    def __init__(self, tokens: TokenBytes, *, by_merges: bool = True, splits: Splits | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenBytes,
+        *,
+        by_merges: bool = True,
+        splits: Splits | None = None,
+        alone: np.ndarray | None = None,
+    ) -> None:
         self.tokens, self.splits = tokens, splits
         self.texts = [_text(data) if ok else None for data, ok in zip(tokens.bytes, tokens.is_text, strict=True)]
         known = [index for index, text in enumerate(self.texts) if text is not None]
-        encoded = tokens.ids_of([self.texts[index] for index in known])
-        self.alone = np.zeros(tokens.width, dtype=bool)  # the text of the token is encoded as the token
-        self.alone[[index for index, ids in zip(known, encoded, strict=True) if ids == [index]]] = True
+        if alone is None:
+            encoded, alone = tokens.ids_of([self.texts[index] for index in known]), np.zeros(tokens.width, dtype=bool)
+            alone[[index for index, ids in zip(known, encoded, strict=True) if ids == [index]]] = True
+        self.alone = alone  # [V] bool: the text of the token is encoded as the token
         self.whole = np.zeros(tokens.width, dtype=bool)
         self.whole[known] = True
         self._inside = np.array([bool(data) and data[0] in CONTINUATION for data in tokens.bytes])
