@@ -41,6 +41,8 @@ def resumed(ends: np.ndarray, own: np.ndarray, pieces: np.ndarray, sure: np.ndar
 
 def sure_places(byte: np.ndarray, begins: np.ndarray, token_ends: np.ndarray) -> np.ndarray:
     """Those of `begins` at which a token of the whole text ends, and not within a run of digits or white space."""
-    begins = np.intersect1d(begins, token_ends)
+    ends = np.zeros(len(byte) + 1, dtype=bool)
+    ends[token_ends] = True
+    begins = begins[ends[begins]]
     after, before = KINDS[byte[begins]], KINDS[byte[begins - 1]]
     return begins[(after != PART) & (before != PART) & ((after != before) | (after == OTHER)) & (begins > 0)]

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from chassis.bridge.cuts import pretoken_begins, resumed, sure_places
-from chassis.bridge.stretches import ranges, starts
+from chassis.bridge.stretches import distinct, ranges, starts
 from chassis.bridge.tree import Tree, Trees
 from chassis.bridge.under_way import UnderWay
 from chassis.text.token_bytes import Encoded, TokenBytes
@@ -117,7 +117,7 @@ class _Draft:
         # The base token before a place; none where several begin, of which all but one are empty: it rules nothing out.
         self.before = np.where(n_at == 1, np.concatenate([_previous(own) for own in encoded])[first_at], -1)
         between = (byte & 0xC0) != 0x80  # characters
-        pieces = np.union1d(_pieces(byte), first[:-1])
+        pieces = distinct(np.append(_pieces(byte), first[:-1]), len(byte))
         self.text = np.searchsorted(first, pieces, side="right") - 1  # of a piece
         ends = np.append(pieces[1:], len(byte)) - np.append(self.text[1:] > self.text[:-1], True)
         # The end of a piece belongs to it: that the next one begins there is not known from the text before.
@@ -127,7 +127,7 @@ class _Draft:
         self.inside = ~between[self.places]
         # A slot is a beginning of a piece: its end and, since a piece ends where the next begins, the number of the piece.
         self.slot_ended, self.slot_begun = (self.places + piece)[~self.inside], e + piece[p]
-        self.slots = np.unique(np.concatenate([self.slot_ended, self.slot_begun]))
+        self.slots = distinct(np.append(self.slot_ended, self.slot_begun), len(byte) + len(pieces))
         whole = [self.data[a:b] for a, b in zip(pieces.tolist(), ends.tolist(), strict=True)]
         known = under_way.alone(whole)
         self.trees = Trees([known[part] for part in whole], self.text)
@@ -138,7 +138,10 @@ class _Draft:
         begin = resumed(self.slots - of, of, pieces, sure_places(byte, pretokens, token_ends), byte)
         at = np.searchsorted(token_ends, begin, side="right") - 1
         self.roots = np.where(begin == pieces[of], self.trees.roots[of], np.append(nodes, 0)[at])
-        self.beginnings = [self.data[a:b] for a, b in zip(begin.tolist(), (self.slots - of).tolist(), strict=True)]
+        cuts, number = zip(begin.tolist(), (self.slots - of).tolist(), strict=True), {}
+        own = (number.setdefault(self.data[a:b], len(number)) for a, b in cuts)
+        self.beginning = np.fromiter(own, np.int64, len(self.slots))  # the number of each slot's
+        self.beginnings = list(number)
 
     def plans(self, followed: Followed | None) -> list[Plan]:
         expert, under_way, grown = self.expert, self.under_way, self.trees
@@ -146,10 +149,12 @@ class _Draft:
         (e, p, node), slots = self.begun_tokens, self.slots
         known = under_way.encodings(self.beginnings)
         found = [known[beginning] for beginning in self.beginnings]
-        path_start = starts(np.array([len(paths) for paths in found], dtype=np.int64))
-        paths, roots = [path for paths in found for path in paths], np.repeat(self.roots, np.diff(path_start))
-        before = grown.tokens[roots].tolist()
-        last = np.array([path[-1] if path else token for path, token in zip(paths, before, strict=True)], dtype=np.int64)
+        encodings = [path for paths in found for path in paths]
+        # A path is an encoding of the beginning that a slot is, from its root.
+        encoding, slot = ranges(starts(np.array([len(paths) for paths in found])), self.beginning)
+        path_start, roots = np.searchsorted(slot, np.arange(len(slots) + 1)), self.roots[slot]
+        last = np.array([path[-1] if path else -1 for path in encodings], dtype=np.int64)[encoding]
+        last = np.where(last < 0, grown.tokens[roots], last)
 
         path_begun, of_begun = ranges(path_start, np.searchsorted(slots, self.slot_begun))
         options = under_way.options(last[path_begun], node[of_begun])
@@ -168,13 +173,15 @@ class _Draft:
                 for path in range(*path_start[np.searchsorted(slots, self.slot_begun[i]) + np.arange(2)].tolist())
             ]
             place_ended = np.concatenate([place_ended, [place for place, _, _ in more]]).astype(np.int64)
-            path_ended = np.concatenate([path_ended, len(paths) + np.arange(len(more))])
+            path_ended = np.concatenate([path_ended, len(roots) + np.arange(len(more))])
             roots = np.concatenate([roots, roots[[path for _, path, _ in more]]])
-            paths += [(*paths[path], token) for _, path, token in more]
+            longer = [(*encodings[encoding[path]], token) for _, path, token in more]
+            encoding = np.concatenate([encoding, len(encodings) + np.arange(len(more))])
+            encodings += longer
 
-        needed = np.unique(np.concatenate([path_ended, path_begun]))
-        state = np.zeros(len(paths), dtype=np.int64)
-        state[needed] = grown.grow(roots[needed], [paths[path] for path in needed.tolist()])
+        needed = distinct(np.append(path_ended, path_begun), len(roots))
+        state = np.zeros(len(roots), dtype=np.int64)
+        state[needed] = grown.grow(roots[needed], encodings, encoding[needed])
         n_states = len(grown.tokens)
         place_ended, ended = np.divmod(np.unique(place_ended * n_states + state[path_ended]), n_states)
         order = np.lexsort((state[path_begun], e[of_begun], p[of_begun]))

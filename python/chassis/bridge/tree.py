@@ -61,11 +61,11 @@ class Trees:
         sure = (np.diff(begin) == ends - pieces)[self._piece]
         return self._nodes[sure], ((pieces - begin[:-1])[self._piece] + total[1:])[sure]
 
-    def grow(self, roots: np.ndarray, paths: Sequence[Tokens]) -> np.ndarray:
-        """The nodes [m] at the end of `paths`, each from one of the trunks' nodes `roots` [m]; made where they are missing.
-        To be called once, since it looks for what is there among the trunks alone."""
+    def grow(self, roots: np.ndarray, paths: Sequence[Tokens], which: np.ndarray) -> np.ndarray:
+        """The nodes [m] at the end of those of `paths` numbered `which` [m], each from one of the trunks' nodes `roots` [m];
+        made where they are missing. To be called once, since it looks for what is there among the trunks alone."""
         tokens, first = _flat(paths)
-        at, left, end = roots.copy(), first[:-1].copy(), first[1:]
+        at, left, end = roots.copy(), first[which], first[which + 1]
         going = np.flatnonzero(left < end)
         while len(going):  # as far as a path is the trunk
             child = np.minimum(at[going] + 1, len(self.tokens) - 1)
@@ -77,9 +77,9 @@ class Trees:
         width = tokens.max(initial=0) + 1
         going = np.flatnonzero(left < end)
         while len(going):  # what is left of all paths, a token at a time
-            new, which = np.unique(at[going] * width + tokens[left[going]], return_inverse=True)
+            new, place = np.unique(at[going] * width + tokens[left[going]], return_inverse=True)
             parent, token = np.divmod(new, width)
-            at[going] = len(self.tokens) + which
+            at[going] = len(self.tokens) + place
             self.tokens, self.parent = np.append(self.tokens, token), np.append(self.parent, parent)
             self.depth = np.append(self.depth, self.depth[parent] + 1)
             self.text = np.append(self.text, self.text[parent])
