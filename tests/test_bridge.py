@@ -7,6 +7,7 @@ import pytest
 import torch
 from bridge_problems import bpe, random_logits
 from chassis.bridge import Bridge, ExpertStates, lookahead, text_windows, tree_logits
+from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.lookahead import lookaheads
 from chassis.bridge.rules import METHODS
 from chassis.errors import BridgeError
@@ -271,6 +272,7 @@ def check_loaded(path, counted, expert, base):
     loaded = Bridge.load(path, expert, base)
     assert torch.equal(loaded.table.dense(), counted.table.dense()) and loaded.method == "counted"
     assert all((mask.alone == counted.masks[side].alone).all() for side, mask in loaded.masks.items())
+    assert (loaded.masks["expert"].find_moves() == CanonicalMask(expert).moves(range(expert.width))).all()
     plan = counted.plan("the dog")
     logits = random_logits(plan, expert.width)
     assert torch.equal(loaded.apply(plan, logits).log_q, counted.apply(plan, logits).log_q)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from chassis.bridge import jeffrey
 from chassis.bridge.apply import States, project_positions
-from chassis.bridge.canonical import CanonicalMask
+from chassis.bridge.canonical import OTHERS, CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.plan import Plan, identity_plan, make_plans
@@ -116,6 +116,7 @@ class Bridge:
         """Find out now what the masks will need, which `save` keeps; else it is found token by token as they come."""
         for mask in self.masks.values():
             mask.find_splits()
+        self.masks["expert"].find_moves()
         return self
 
     @property
@@ -287,6 +288,7 @@ class Bridge:
             tensors[f"{side}.alone"] = torch.from_numpy(np.packbits(mask.alone))
             if mask.splits is not None:
                 tensors |= {f"{side}.{name}": torch.from_numpy(array) for name, array in mask.splits.pack().items()}
+        tensors["expert.moves"] = torch.from_numpy(np.packbits(self.masks["expert"].find_moves(), axis=1))
         return write_file(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, about))
 
     @classmethod
@@ -320,6 +322,8 @@ class Bridge:
             kept["splits"] = Splits.unpack(packed) if packed else None
             if f"{side}.alone" in tensors:
                 kept["alone"] = np.unpackbits(tensors[f"{side}.alone"].numpy(), count=tokens.width).view(bool)
+            if f"{side}.moves" in tensors:
+                kept["moves"] = np.unpackbits(tensors[f"{side}.moves"].numpy(), axis=1, count=len(OTHERS)).view(bool)
         return bridge
 
     def _same(self, logits: Tensor, temperature: float) -> Bridged:

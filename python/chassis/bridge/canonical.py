@@ -24,13 +24,14 @@ from chassis.bridge.stretches import starts
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BlockedTokens
 
+OTHERS = FOLLOWING[1:]  # than nothing
 CONTINUATION = range(0x80, 0xC0)
 CELLS = 4_000_000  # pairs of tokens looked at at once
 
 
 class CanonicalMask:
-    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for. `splits` and `alone`: what an
-    earlier one has found out, with `find_splits` and when it was made."""
+    """`blocked_after(previous)`: the text tokens that cannot follow; kept, once asked for. `splits`, `alone` and `moves`:
+    what an earlier one has found out, with `find_splits`, when it was made, and with `find_moves`."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class CanonicalMask:
         by_merges: bool = True,
         splits: Splits | None = None,
         alone: np.ndarray | None = None,
+        moves: np.ndarray | None = None,
     ) -> None:
         self.tokens, self.splits = tokens, splits
         self.texts = [_text(data) if ok else None for data, ok in zip(tokens.bytes, tokens.is_text, strict=True)]
@@ -50,6 +52,7 @@ class CanonicalMask:
         self.whole = np.zeros(tokens.width, dtype=bool)
         self.whole[known] = True
         self._inside = np.array([bool(data) and data[0] in CONTINUATION for data in tokens.bytes])
+        self._moves = moves
         self._merges = Merges.read(tokens) if by_merges else None
         self._pretokens = PreTokens(tokens, self.texts) if self._merges and splits is None else None
         self._known: dict[int, np.ndarray] = {}  # packed: most tokens are blocked after most tokens
@@ -60,6 +63,24 @@ class CanonicalMask:
         if self.splits is None and self._pretokens is not None:
             self.splits = self._pretokens.splits()
         return self.splits
+
+    def find_moves(self) -> np.ndarray:
+        """The `moves` of all tokens, not only of those that come."""
+        if self._moves is None:
+            self._moves = self.moves(range(self.tokens.width))
+        return self._moves
+
+    def moves(self, tokens: Sequence[int]) -> np.ndarray:
+        """For each of `tokens` [n] and of FOLLOWING but nothing: whether it changes, if it follows, how the token's text is
+        encoded, [n, 3] bool. True also where that text alone is not encoded as the token."""
+        if self._moves is not None:
+            return self._moves[tokens]
+        moves = np.ones((len(tokens), len(OTHERS)), dtype=bool)
+        asked = [(place, index) for place, index in enumerate(tokens) if self.alone[index]]
+        found = iter(self.tokens.tuples_of([self.texts[index] + after for _, index in asked for after in OTHERS]))
+        for place, index in asked:
+            moves[place] = [next(found)[:1] != (index,) for _ in OTHERS]
+        return moves
 
     def blocked_after(self, previous: int) -> np.ndarray:
         """Ids [n] of the text tokens that cannot follow token `previous`."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from itertools import accumulate, islice
+from itertools import accumulate, compress, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chassis.bridge.canonical import CanonicalMask
+from chassis.bridge.canonical import OTHERS, CanonicalMask
 from chassis.bridge.leaves import Leaves
-from chassis.bridge.pretokens import FOLLOWING
 from chassis.bridge.stretches import ranges, starts
 from chassis.bridge.tree import Tokens
 from chassis_kernels import BridgeTable
@@ -22,7 +21,6 @@ if TYPE_CHECKING:  # made with this
 
 CELLS = 4_000_000  # tokens looked at at once
 KEPT = 200_000  # beginnings of pieces whose encodings are kept
-OTHERS = FOLLOWING[1:]  # than nothing
 
 
 class UnderWay:
@@ -62,12 +60,9 @@ class UnderWay:
     def _moves_of(self, tokens: set[int]) -> dict[int, tuple[str, ...]]:
         """For each token what changes, if it follows, how the token's text is encoded. Patterns look ahead from the last
         token alone: a text that ends with it is encoded in one way before all else."""
-        texts, unknown = self.mask.texts, tokens - self._moves.keys()
-        self._moves |= dict.fromkeys(unknown, OTHERS)
-        asked = [token for token in unknown if texts[token] is not None and self.mask.alone[token]]
-        found = iter(self.mask.tokens.tuples_of([texts[token] + after for token in asked for after in OTHERS]))
-        for token in asked:
-            self._moves[token] = tuple([after for after in OTHERS if next(found)[:1] != (token,)])
+        unknown = sorted(tokens - self._moves.keys())
+        moves = self.mask.moves(unknown).tolist()
+        self._moves.update((token, tuple(compress(OTHERS, own))) for token, own in zip(unknown, moves, strict=True))
         return self._moves
 
     def _before_others(self, beginnings: list[bytes]) -> None:
