@@ -4,9 +4,12 @@
 //   few rows   the threads share each group: U by parts of its width, then V by strips of its columns, both read once as
 //              they lie in memory (stream.h). The parts are added in a fixed order, whatever the number of threads.
 //   many rows  U and V are packed once, then each thread takes whole blocks of rows from hidden states to logits.
+// Few rows of bf16 without a mean times a U of bf16 are exact products in pairs, summed in fp32 (gemm_bf16.h).
 // A change is summed in fp32 and added to its logit with one rounding, also where columns repeat.
 #include <algorithm>
+#include <cstring>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/columns.h"
@@ -17,6 +20,7 @@ namespace CHASSIS_ISA {
 namespace {
 
 constexpr int64_t kFewRows = 128;       // of an adapter; below it packing U and V costs more than it saves
+constexpr int64_t kPairRows = 4;        // of an adapter; fewer wait for memory, not for products
 constexpr int64_t kRowBlocks = 4;       // blocks that share one read of a packed panel
 constexpr int64_t kForkWork = 1 << 17;  // multiply-adds below which waking the other threads costs more than it saves
 constexpr int64_t kDepths = 8;          // parts of the width whose products few rows add up
@@ -34,7 +38,7 @@ struct Packed {
     with_type(m, [&](auto* from) {
       for (int64_t k = 0; k < rows; k += kSum) {
         auto* block = from + offset + k * m.stride + j;
-        stage(block, m.stride, std::min(kSum, rows - k), cols - j, panel(k, j));
+        stage<false>(block, m.stride, std::min(kSum, rows - k), cols - j, panel(k, j));
       }
     });
   }
@@ -64,6 +68,8 @@ class Update {
     threads = n * rank * (width + columns) < kForkWork ? 1 : omp_get_max_threads();
     block_rows = std::min(kRowBlocks * kMr, round_up(ceil_div(n, threads), kMr));
     many = n >= std::max<int64_t>(kFewRows * groups.size(), 2 * kMr * threads);
+    pairs = !many && n >= kPairRows * int64_t(groups.size()) && g.hidden.dtype == DType::bf16 && g.U.dtype == DType::bf16 &&
+            !g.mean.data && width % 2 == 0 && has_bf16_products();
     if (columns)
       for (size_t i = 0; i < (g.stride_cols ? groups.size() : 1); ++i)
         changed.push_back({g.cols ? g.cols + (g.stride_cols ? groups[i].adapter * g.stride_cols : 0) : nullptr, columns,
@@ -86,6 +92,7 @@ class Update {
   const int64_t width, rank, columns;
   int threads = 1;
   bool many = false;
+  bool pairs = false;      // hidden states and U are multiplied as they are, two bf16 at a time
   int64_t block_rows = 0;  // of many rows, at most
   std::vector<int64_t> row_order;  // rows with an adapter, grouped by adapter
   std::vector<Group> groups;
@@ -117,8 +124,12 @@ class Update {
       if (g.adapter_id[i] >= 0) row_order[start[g.adapter_id[i]]++] = i;
   }
 
-  // hidden - mean of one row in fp32, `count` values from `from` on.
+  // hidden - mean of one row in fp32, or with pairs as it is, `count` values from `from` on.
   void centre(int64_t adapter, int64_t row, int64_t from, int64_t count, float* to) const {
+    if (pairs) {
+      std::memcpy(to, static_cast<const bf16*>(g.hidden.data) + row * g.hidden.stride + from, count * sizeof(bf16));
+      return;
+    }
     with_type(g.hidden, [&](auto* hidden) {
       with_type(g.mean, [&](auto* mean) {
         hidden += row * g.hidden.stride + from;
@@ -158,6 +169,7 @@ class Update {
   void few_rows() {
     struct Task { int64_t group, k, j, depth, count; };  // columns [j, j + count) of U, of rows [k, k + depth), or of V
     std::vector<Task> down, up;
+    const int64_t chunk = pairs ? 2 * kSum : kSum;  // rows of U in kSum steps
     const int64_t n = row_order.size(), part = round_up(ceil_div(std::max<int64_t>(width, 1), kDepths), kSum);
     const int64_t parts = ceil_div(width, part);
     const int64_t across = round_up(ceil_div(rank, ceil_div(threads, kDepths)), kNr);  // columns of U
@@ -197,12 +209,17 @@ class Update {
         auto [i, k, j, depth, count] = task;
         Rows centred{hidden, group.rows};
         for (int64_t row = 0; row < group.rows; ++row)
-          for (int64_t c = 0; c < depth; c += kSum)
-            centre(group.adapter, row_order[group.first + row], k + c, std::min(kSum, depth - c), centred.at(row, c));
+          for (int64_t c = 0; c < depth; c += chunk) {
+            float* to = centred.at(row, c / chunk * kSum);
+            centre(group.adapter, row_order[group.first + row], k + c, std::min(chunk, depth - c), to);
+          }
         float* out = partial + (k / part * n + group.first) * ldp + j;
         with_type(g.U, [&](auto* U) {
           U += group.adapter * g.stride_U + k * g.U.stride + j;
-          stream(centred, U, g.U.stride, depth, count, U + depth * g.U.stride, out, ldp, ahead);
+          auto* then = U + depth * g.U.stride;
+          if constexpr (std::is_same_v<decltype(U), bf16*>)
+            if (pairs) return stream<true>(centred, U, g.U.stride, depth / 2, count, then, out, ldp, ahead);
+          stream<false>(centred, U, g.U.stride, depth, count, then, out, ldp, ahead);
         });
       });
 #pragma omp barrier
@@ -216,7 +233,7 @@ class Update {
         if (depth == 0) std::fill_n(sums, group.rows * ldy, 0.0f);
         with_type(g.V, [&](auto* V) {
           V += group.adapter * g.stride_V + j;
-          stream(low(group), V, g.V.stride, depth, count, V + count, sums, ldy, ahead);
+          stream<false>(low(group), V, g.V.stride, depth, count, V + count, sums, ldy, ahead);
         });
         Lines touched = group.rows > kDirect ? std::move(*next_listed++) : lines(i, j, count);
         if (!columns_at(i).whole) add(i, group.first, group.rows, j, count, sums, ldy, touched);
