@@ -199,6 +199,38 @@ def test_the_change_towards_oneself_is_none_and_towards_another_is_the_lens(tiny
     assert (found - expected)[:, text].norm() < 0.05 * expected[:, text].norm()
 
 
+def test_pairs_of_states_of_an_interrupted_pass_are_those_of_a_whole_one(tiny_lm, tiny_tokenizer, tmp_path):
+    tokens, base, other = TokenBytes.from_tokenizer(tiny_tokenizer), tiny_lm("llama"), tiny_lm("qwen3", seed=1)
+    bridge, readout = Bridge.build(tokens, tokens, "canonical"), Readout.of(inspect_head(base))
+
+    def stop(stage, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def run(folder, progress):
+        through = BridgedExpert(other, bridge, tokens.roles["eos"], tokens.roles["eos"])
+        windows = through.windows(documents(24, length=200), 48)[:16]
+        probe = Probe(base, through, batch_size=4)
+        return collect(probe, readout, windows, Checkpoint(folder, "", every_seconds=0), progress).state_dict()
+
+    whole = run(None, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop)
+    found = run(tmp_path, lambda *_: None)
+    assert whole["pairs.rows"] > 0 and all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_rows_that_are_no_numbers_are_no_pairs(tiny_lm, tiny_tokenizer):
+    tokens = TokenBytes.from_tokenizer(tiny_tokenizer)
+    through = BridgedExpert(tiny_lm("qwen3"), Bridge.build(tokens, tokens, "canonical"), 0, None)
+    (window,) = through.windows(documents(1, length=40), 48)[:1]
+    ids = torch.from_numpy(window.ids).long()[None]
+    final, pairs = torch.ones(1, ids.shape[1], 8), Moments(8, through.width)
+    final[0, 1] = torch.nan
+    through.rows(ids, torch.ones_like(ids), final, pairs)
+    assert pairs.rows == ids.shape[1] - 2 and torch.isfinite(pairs.mean_x).all()
+
+
 def test_a_change_between_heads_that_cap_differently_is_refused(tiny_lm, tiny_tokenizer):
     tokens = TokenBytes.from_tokenizer(tiny_tokenizer)
     base, bridge = Readout.of(inspect_head(tiny_lm("llama"))), Bridge.build(tokens, tokens, "canonical")

@@ -66,4 +66,4 @@ def add_pairs(
         rows.append(own[there])
         nodes.append(begin + node[after[there]])
     x, y = base[torch.from_numpy(np.concatenate(rows))], trunks[torch.from_numpy(np.concatenate(nodes))]
-    pairs.update(x.float(), y.to(x.device).float())
+    pairs.update(x.float(), y.to(x.device).float(), nan="drop")  # whoever collects the rows reports them
