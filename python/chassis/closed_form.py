@@ -59,6 +59,10 @@ class ClosedForm:
     constant: torch.Tensor  # w [D]: h w is nearest to 1
     weights: dict | None = None  # of what it was made of, where that was chosen
 
+    def __mul__(self, share: float) -> ClosedForm:
+        """Of `share` of the change; the statistics stay."""
+        return replace(self, spectrum=self.spectrum * share**2, right=self.right * share, bias=self.bias * share)
+
     def adapter(self, rank: int, columns: int | None = None) -> Adapter:
         """The adapter of this rank, over all tokens or over the `columns` tokens whose change matters most.
 

@@ -18,7 +18,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -119,21 +118,24 @@ def newton_closed_form(
     n_rows = list(itertools.accumulate(len(rows.final) for rows in validation))
     tried = validation[: bisect_left(n_rows, TRIED) + 1]
 
-    @lru_cache(1)
-    def newton(step: float) -> tuple[Statistics, ridge.RidgeSolution, Change]:
-        target = statistics.newton(step)
-        solution = ridge.solve(target.final, alpha)
-        return target, solution, full_change(target, solution.W)
+    whole = statistics.newton(1.0)
+    solution = ridge.solve(whole.final, alpha)
+    newton = full_change(whole, solution.W)
 
-    def made(step: float, share: float) -> ClosedForm:
-        target, solution, change = newton(step)
-        if share:
-            change = semantic * share + change if step else semantic * share
+    def factorised(change: Change) -> ClosedForm:
         key = len(change.joint)
         if key not in metrics:
-            metrics[key] = fisher(change.joint, target.mean_p)
-        weights = {STEP: step, SEMANTIC: share}
-        return replace(factorise(target, solution, change, metrics[key]), weights=weights)
+            metrics[key] = fisher(change.joint, whole.mean_p)
+        return factorise(whole, solution, change, metrics[key])
+
+    single = factorised(newton)
+
+    def made(step: float, share: float) -> ClosedForm:
+        if not share:
+            found = single * step
+        else:
+            found = factorised(semantic * share + newton * step if step else semantic * share)
+        return replace(found, weights={STEP: step, SEMANTIC: share})
 
     def better(
         best: ClosedForm | None, least: float, weights: Iterable[tuple[float, float]]
@@ -152,8 +154,7 @@ def newton_closed_form(
             f"the KL on the validation rows is finite for none of the steps {', '.join(map(str, STEPS))}: check that the "
             "expert's log-probabilities hold no NaN, and that the base's hidden states are finite in this dtype"
         )
-    if init != "both" or semantic is None:
-        return first
-    step = first.weights[STEP]
-    best, _ = better(first, least, itertools.product((step, step / 2), SHARES))
-    return replace(best, statistics=first.statistics)  # whose lens is that of the step alone
+    best, step = first, first.weights[STEP]
+    if init == "both" and semantic is not None:
+        best, _ = better(first, least, itertools.product((step, step / 2), SHARES))
+    return replace(best, statistics=statistics.newton(step))  # whose lens is that of the step alone
