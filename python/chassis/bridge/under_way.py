@@ -35,7 +35,6 @@ class UnderWay:
         # Tuples, of which there are many: the garbage collector does not visit them.
         self._alone: dict[bytes, Tokens] = {}
         self._encodings: dict[bytes, tuple[Tokens, ...]] = {}
-        self._tails: dict[bytes, tuple[Tokens, tuple[Tokens, ...]]] = {}
         self._moves: dict[int, tuple[str, ...]] = {}
         self._lengths: list[int] = mask.tokens.lengths.tolist()
 
@@ -48,13 +47,14 @@ class UnderWay:
     def encodings(self, beginnings: list[bytes]) -> dict[bytes, tuple[Tokens, ...]]:
         """The encodings of each beginning of a piece, as they come about before FOLLOWING; that of `alone` first."""
         if len(self._alone) > KEPT:
-            for known in (self._alone, self._encodings, self._tails):
-                known.clear()
+            self._alone.clear()
+            self._encodings.clear()
         alone = self.alone(beginnings)
         missing = {data: alone[data] for data in beginnings if data not in self._encodings}
         self._encodings.update((data, (ids,)) for data, ids in missing.items())
         moves = self._moves_of({ids[-1] for ids in missing.values() if ids})
-        self._before_others([data for data, ids in missing.items() if ids and moves[ids[-1]]])
+        moved = {data: ids for data, ids in missing.items() if ids and moves[ids[-1]]}
+        self._encodings |= self._before_others(moved)
         return self._encodings
 
     def _moves_of(self, tokens: set[int]) -> dict[int, tuple[str, ...]]:
@@ -65,50 +65,19 @@ class UnderWay:
         self._moves.update((token, tuple(compress(OTHERS, own))) for token, own in zip(unknown, moves, strict=True))
         return self._moves
 
-    def _before_others(self, beginnings: list[bytes]) -> None:
-        """Add what becomes of beginnings before other texts than none. The last two tokens, and white space before them,
-        tell that, unless alone they are not encoded as they are there."""
-        tails = {data: self._tail(data) for data in beginnings}
-        missing = [tail for tail in dict.fromkeys(tails.values()) if tail and tail not in self._tails]
-        known = self.alone(missing)
-        alone = [known[tail] for tail in missing]
-        for tail, ids, others in zip(missing, alone, self._others(missing, alone), strict=True):
-            self._tails[tail] = ids, tuple(other for other in others if other != ids)
-        whole = []
-        for data, tail in tails.items():
-            (ids,), (alone, others) = self._encodings[data], self._tails.get(tail, ((), ()))
-            if tail and ids[-len(alone) :] == alone:
-                self._encodings[data] = (ids, *(ids[: -len(alone)] + other for other in others))
-            else:
-                whole.append(data)
-        alone = [self._alone[data] for data in whole]
-        for data, ids, others in zip(whole, alone, self._others(whole, alone), strict=True):
-            self._encodings[data] += tuple(other for other in others if other != ids)
-
-    def _tail(self, data: bytes) -> bytes:
-        """The last two tokens of a beginning, and as many more as are white space and the one before; b"" if unknown."""
-        ids, bytes_of = self._encodings[data][0], self.mask.tokens.bytes
-        n = min(2, len(ids))
-        while n < len(ids) and bytes_of[ids[-n]].isspace():
-            n += 1
-        size = sum(self._lengths[index] for index in ids[-n:])
-        tail = data[-size:] if size else b""
-        return tail if tail and (tail[0] & 0xC0) != 0x80 else b""
-
-    def _others(self, beginnings: list[bytes], alone: list[Tokens]) -> list[list[Tokens]]:
-        """The encodings of each beginning before what changes that of its last token, where one of its tokens ends with it;
-        `alone` are those before nothing."""
-        following = [self._moves.get(ids[-1], OTHERS) if ids else OTHERS for ids in alone]
-        texts = [data.decode() + after for data, afters in zip(beginnings, following, strict=True) for after in afters]
-        encoded, found = iter(zip(texts, self.mask.tokens.tuples_of(texts), strict=True)), []
-        for data, afters in zip(beginnings, following, strict=True):
-            own: list[Tokens] = []
-            for text, ids in islice(encoded, len(afters)):
+    def _before_others(self, alone: dict[bytes, Tokens]) -> dict[bytes, tuple[Tokens, ...]]:
+        """The encodings of beginnings, `alone` first, and before what changes that of the last token, where one of their
+        tokens ends with the beginning."""
+        texts = [data.decode() + after for data, ids in alone.items() for after in self._moves[ids[-1]]]
+        encoded, found = iter(zip(texts, self.mask.tokens.tuples_of(texts), strict=True)), {}
+        for data, first in alone.items():
+            own = [first]
+            for text, ids in islice(encoded, len(self._moves[first[-1]])):
                 ends = self._ends(ids, text)
                 n = bisect_right(ends, len(data))
                 if n and ends[n - 1] == len(data) and ids[:n] not in own:
                     own.append(ids[:n])
-            found.append(own)
+            found[data] = tuple(own)
         return found
 
     def _ends(self, ids: Tokens, text: str) -> list[int]:
