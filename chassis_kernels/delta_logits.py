@@ -37,8 +37,8 @@ def delta_logits_(
     leading dimension A on U, V, bias and mean, `adapter_id` picks the adapter of each row; `cols` may then be one list for
     all or one for each (`stack_adapters` makes such tensors of adapters of different ranks). N, K and r may be 0.
     Floating dtypes mix freely: hidden - mean, the products and the sum are float32 (float64 if an input is float64, on
-    the reference backend), and the result is rounded once to the logits' dtype. Rows and columns that are not named keep
-    their bits; a NaN stays where it is.
+    the reference backend), and the result is rounded once to the logits' dtype; subnormal bf16 counts as 0 where the
+    processor multiplies bf16. Rows and columns that are not named keep their bits; a NaN stays where it is.
 
     Raises ValueError for shapes that do not fit, IndexError for an id out of range (on CPU, for the adapters in use; a GPU
     kernel skips such ids), RuntimeError where a gradient would be needed: use `delta_logits`.
