@@ -43,7 +43,7 @@ class Trees:
         tokens, self._first = _flat(pieces)
         self._piece = np.repeat(np.arange(len(pieces)), np.diff(self._first))
         self.roots = self._first[:-1] + text
-        self.n_trunk = np.diff(starts(np.bincount(text, np.diff(self._first)).astype(np.int64)))
+        self.n_trunk = np.bincount(text, np.diff(self._first)).astype(np.int64)
         begins = starts(self.n_trunk + 1)[:-1]
         self._nodes = np.arange(len(tokens)) + 1 + text[self._piece]
         self.text = np.repeat(np.arange(len(begins)), self.n_trunk + 1)
