@@ -36,6 +36,8 @@ def bridge_project(
     log_weight: Tensor | None = None,  # [N]
     blocked: BlockedTokens | None = None,
     previous: Tensor | None = None,  # [N] int64
+    index: Tensor | None = None,  # [N] int64
+    floor: Tensor | None = None,  # [V_B]
     temperature: float = 1.0,
     normalize: bool = False,
 ) -> Bridged:
@@ -53,10 +55,14 @@ def bridge_project(
     -inf and the others are scaled so that Σ q stays mass; mass is 0 where nothing mapped is left. `normalize` scales q to
     sum 1 where mass is above 0; `mass` still tells what was mapped.
 
+    index: row n reads logits[index[n]], with any number of logits [any, >= V_E]; rows need not be copied to be repeated,
+    reordered or left out. floor: probabilities that every base token keeps, blocked or not: at last q becomes
+    (1 - Σ floor) q + floor. mass and uncertainty do not see it.
+
     logits and log_probs float32, bfloat16, float16 (float64: reference backend). Not differentiable: a backward pass
     raises RuntimeError. Raises ValueError for shapes, dtypes or ids that do not fit.
     """
-    _check(logits, table, log_probs, ids, log_weight, blocked, previous, temperature)
+    _check(logits, table, log_probs, ids, log_weight, blocked, previous, index, floor, temperature)
     if logits is None:
         logits = log_probs.new_empty(len(log_probs), 0)
     lists = (None, None) if previous is None else (blocked.start, blocked.tokens)
@@ -71,6 +77,8 @@ def bridge_project(
             table.spread,
             *lists,
             previous,
+            index,
+            floor,
             min(table.n_expert, logits.shape[1]),
             float(temperature),
             normalize,
@@ -78,11 +86,17 @@ def bridge_project(
     )
 
 
-def _check(logits, table, log_probs, ids, log_weight, blocked, previous, temperature) -> None:
+def _check(logits, table, log_probs, ids, log_weight, blocked, previous, index, floor, temperature) -> None:
     if logits is None and log_probs is None:
         raise ValueError("neither logits [N, V_E] nor log_probs [N, m] with ids were given")
     first = log_probs if logits is None else logits
     n = first.shape[0] if first.dim() else 0
+    if index is not None:
+        if logits is None or index.dim() != 1 or index.dtype != torch.int64:
+            raise ValueError(f"index is {index.dtype} {tuple(index.shape)}: expected torch.int64 [N], rows of logits")
+        n = len(index)
+    if floor is not None and (floor.shape != (table.n_base,) or not floor.is_floating_point()):
+        raise ValueError(f"floor is {floor.dtype} {tuple(floor.shape)}: expected floats [{table.n_base}], the base's tokens")
     if logits is not None and (logits.dim() != 2 or logits.shape[1] < table.n_expert):
         raise ValueError(f"logits are {tuple(logits.shape)}, expected [N, >= {table.n_expert}], the table's expert tokens")
     if (log_probs is None) != (ids is None):
@@ -107,25 +121,33 @@ def _check(logits, table, log_probs, ids, log_weight, blocked, previous, tempera
         raise ValueError(f"blocked is for {blocked.n_base} base tokens, the table for {table.n_base}")
     if previous is not None and (previous.shape != (n,) or previous.dtype != torch.int64):
         raise ValueError(f"previous is {previous.dtype} {tuple(previous.shape)}, expected torch.int64 [{n}]")
-    for name, given, size in (("ids", ids, table.shape[0]), ("previous", previous, len(blocked) if blocked else 0)):
+    for name, given, least, size in (
+        ("ids", ids, -1, table.shape[0]),
+        ("previous", previous, -1, len(blocked) if blocked else 0),
+        ("index", index, 0, len(logits) if logits is not None else 0),
+    ):
         if given is not None and given.device.type == "cpu" and given.numel():
             low, high = int(given.min()), int(given.max())
-            if low < -1 or high >= size:
-                raise ValueError(f"{name} hold {low} to {high}: expected -1..{size - 1}")
+            if low < least or high >= size:
+                raise ValueError(f"{name} hold {low} to {high}: expected {least}..{size - 1}")
+    if floor is not None and floor.device.type == "cpu" and not ((floor >= 0).all() and floor.sum() <= 1):
+        raise ValueError(
+            "floor holds probabilities below 0, a NaN, or more than 1 in all: expected shares, of sum 1 at most"
+        )
 
 
 def _cpu(logits, log_probs, ids, log_weight, *arguments):
-    *tensors, width, temperature, normalize = arguments
-    rows, n_base = logits.shape[0], len(tensors[0]) - 1
+    *tensors, index, floor, width, temperature, normalize = arguments
+    rows, n_base = len(logits if index is None else index), len(tensors[0]) - 1
     out = pages.empty((rows, n_base), torch.float32), torch.empty(rows), torch.empty(rows)
     logits = backends.rows_contiguous(logits)
-    log_probs, log_weight = (None if t is None else t.float().contiguous() for t in (log_probs, log_weight))
-    given = log_probs, ids, log_weight, *tensors
+    log_probs, log_weight, floor = (None if t is None else t.float().contiguous() for t in (log_probs, log_weight, floor))
+    given = log_probs, ids, log_weight, *tensors, index, floor
     given = [None if t is None else t.contiguous() for t in given]
     backends._C.bridge_project(
         backends.matrix_args(logits),
         tuple(0 if t is None else t.data_ptr() for t in given),
-        (len(tensors[1]), len(tensors[3]), n_base, 0 if ids is None else ids.shape[1], width),
+        (rows, len(tensors[1]), len(tensors[3]), n_base, 0 if ids is None else ids.shape[1], width),
         temperature,
         normalize,
         tuple(t.data_ptr() for t in out),
@@ -141,7 +163,8 @@ def _no_gradient(ctx, *grads):
 
 
 def _fake(logits, log_probs, ids, log_weight, start, rows, weights, *rest):
-    row = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits, log_probs, weights))
+    count = logits.shape[0] if rest[5] is None else rest[5].shape[0]
+    row = logits.new_empty(count, dtype=compute_dtype(logits, log_probs, weights))
     return row.new_empty(row.shape[0], start.shape[0] - 1), row, torch.empty_like(row)
 
 
@@ -156,14 +179,16 @@ def _example(device: str) -> tuple:
     log_probs, listed = torch.randn(4, 2, generator=g) - 3, torch.tensor([[5, -1], [6, 5], [-1, -1], [0, 0]])
     lists = torch.tensor([0, 2, 3]), torch.tensor([1, 3, 0], dtype=torch.int32), torch.tensor([0, -1, 1, 0])
     tensors = torch.randn(4, 6, generator=g), log_probs, listed, torch.full((4,), -0.5)
-    tensors = *tensors, *table.columns, table.row_sum, table.spread, *lists
+    index, floor = torch.tensor([2, 0, 3, 3]), torch.rand(5, generator=g) / 9
+    tensors = *tensors, *table.columns, table.row_sum, table.spread, *lists, index, floor
     return *(t.to(device) for t in tensors), 5, 1.5, False
 
 
 backends.register(
     "bridge_project(Tensor logits, Tensor? log_probs, Tensor? ids, Tensor? log_weight, Tensor start, Tensor rows, "
-    "Tensor weights, Tensor row_sum, Tensor spread, Tensor? blocked_start, Tensor? blocked, Tensor? previous, int width, "
-    "float temperature, bool normalize) -> (Tensor log_q, Tensor mass, Tensor uncertainty)",
+    "Tensor weights, Tensor row_sum, Tensor spread, Tensor? blocked_start, Tensor? blocked, Tensor? previous, "
+    "Tensor? index, Tensor? floor, int width, float temperature, bool normalize) "
+    "-> (Tensor log_q, Tensor mass, Tensor uncertainty)",
     reference=reference.bridge_project,
     fake=_fake,
     example=_example,

@@ -10,12 +10,14 @@ import math
 import mmap
 import weakref
 from collections import deque
+from functools import cache
 
 import torch
 from torch import Tensor
 
 LEAST = 4 << 20  # bytes; what is smaller comes from PyTorch's allocator
 PAGE = 2 << 20
+HEAP = 31 << 20  # bytes; of a larger block glibc learns nothing
 
 _kept: deque[mmap.mmap] = deque(maxlen=3)
 
@@ -35,6 +37,16 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 def empty_like(tensor: Tensor) -> Tensor:
     """`empty` of the shape, dtype and device of a tensor."""
     return empty(tensor.shape, tensor.dtype, tensor.device)
+
+
+@cache
+def keep_heap() -> None:
+    """Let the process keep smaller blocks that it frees, up to twice HEAP bytes, where malloc is glibc's; once is enough.
+
+    glibc hands the end of its heap back where more of it is free than twice the largest block it has seen freed; a model
+    read batch by batch then pays for the pages of its activations in every layer. So it is shown one, never written to.
+    """
+    torch.empty(HEAP, dtype=torch.uint8)
 
 
 def release() -> None:

@@ -260,8 +260,9 @@ PYBIND11_MODULE(_C, m) {
     chassis::BridgeProject args{matrix(logits), pointer<float>(at(0)), pointer<int64_t>(at(1)), pointer<float>(at(2)),
                                 pointer<int64_t>(at(3)), pointer<int32_t>(at(4)), pointer<float>(at(5)),
                                 pointer<float>(at(6)), pointer<float>(at(7)), pointer<int64_t>(at(8)),
-                                pointer<int32_t>(at(9)), pointer<int64_t>(at(10)), size(0), size(1), size(2), size(3), size(4),
-                                temperature, normalize};
+                                pointer<int32_t>(at(9)), pointer<int64_t>(at(10)), pointer<int64_t>(at(11)),
+                                pointer<float>(at(12)), size(0), size(1), size(2), size(3), size(4), size(5), temperature,
+                                normalize};
     chassis::BridgeProjectResult out{output(0), output(1), output(2)};
     DISPATCH(bridge_project(args, out));
   });

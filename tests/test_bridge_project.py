@@ -31,7 +31,9 @@ class Problem(NamedTuple):
     options: dict
 
     def to(self, dtype):
-        floats = {name: self.options[name].to(dtype) for name in ("log_probs", "log_weight") if name in self.options}
+        floats = {
+            name: self.options[name].to(dtype) for name in ("log_probs", "log_weight", "floor") if name in self.options
+        }
         return Problem(None if self.logits is None else self.logits.to(dtype), self.table, self.options | floats)
 
 
@@ -45,11 +47,18 @@ def make_table(rows, v_b, entries=2, n_expert=None, seed=0, unmapped=0.2):
     return BridgeTable.from_entries(places.flatten(), ids.flatten(), weights.flatten(), (rows, v_b), n_expert=n_expert)
 
 
-def problem(n=5, v_e=50, v_b=40, entries=2, listed=0, dense=True, blocked=False, seed=0, scale=3.0, extra=3, **options):
+def problem(
+    n=5, v_e=50, v_b=40, entries=2, listed=0, dense=True, blocked=False, seed=0,
+    *, extra=3, floor=False, index=False, **options,
+):  # fmt: skip
     """`listed` log-probabilities a row over residual rows and tokens, at most a third of the whole each way."""
     g = torch.Generator().manual_seed(seed)
     table = make_table(v_e + 4, v_b, entries, v_e, seed)
-    logits = scale * torch.randn(n, v_e + extra, generator=g) if dense else None
+    logits = 3 * torch.randn(n, v_e + extra, generator=g) if dense else None
+    if floor:
+        options["floor"] = torch.rand(v_b, generator=g) / (3 * v_b) * (torch.rand(v_b, generator=g) > 0.2)
+    if index and dense and n:
+        options["index"] = torch.randint(0, n, (n,), generator=g)
     if listed or not dense:
         options["log_probs"] = torch.log_softmax(torch.randn(n, listed, generator=g), 1) - math.log(3)
         options["ids"] = torch.randint(-1, v_e + 4, (n, listed), generator=g)
@@ -87,6 +96,8 @@ def check(p):
             limit = 2 * ((theirs - true).abs() / unit).max() + 8 * torch.finfo(torch.float32).eps
             assert ((mine - true).abs() / unit).max() <= limit
     total = torch.where(right.mass > 0, 1.0, 0.0) if p.options.get("normalize") else found.mass.double()
+    if "floor" in p.options:
+        total = (1 - p.options["floor"].double().sum()) * total + p.options["floor"].double().sum()
     if p.table.n_base:
         torch.testing.assert_close(found.log_q.double().exp().sum(1), total.double(), rtol=0, atol=1e-6)
     return found
@@ -101,7 +112,8 @@ def loops(p):
         prob = [0.0] * len(matrix)
         if p.logits is not None:
             weight = math.exp(options["log_weight"][i]) if "log_weight" in options else 1.0
-            z = [float(x) / options.get("temperature", 1.0) for x in p.logits[i, :v_e]]
+            row = int(options["index"][i]) if "index" in options else i
+            z = [float(x) / options.get("temperature", 1.0) for x in p.logits[row, :v_e]]
             total = sum(math.exp(x - max(z)) for x in z)
             for t in range(v_e):
                 prob[t] += weight * math.exp(z[t] - max(z)) / total
@@ -123,12 +135,16 @@ def loops(p):
             q[i] *= mass[i] / rest if rest else 0.0
         if options.get("normalize") and mass[i]:
             q[i] /= mass[i]
+        if "floor" in options:
+            q[i] = (1 - float(options["floor"].sum())) * q[i] + options["floor"]
     return q, torch.tensor(mass), torch.tensor(uncertainty)
 
 
 @pytest.mark.parametrize("listed", [0, 6])
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("options", [{}, {"blocked": True}, {"blocked": True, "normalize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"blocked": True}, {"blocked": True, "normalize": True, "floor": True, "index": True}], ids=str
+)
 def test_definition_term_by_term(dense, listed, options):
     p = problem(v_e=13, v_b=11, listed=listed, dense=dense, temperature=1.5 if dense else 1.0, seed=3, **options)
     found = double(p)
@@ -155,14 +171,18 @@ LAYOUTS = {
     dense=st.booleans(),
     blocked=st.booleans(),
     normalize=st.booleans(),
+    floor=st.booleans(),
+    index=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     layout=st.sampled_from(sorted(LAYOUTS)),
     temperature=st.sampled_from([1.0, 2.0, 0.5]),
     seed=st.integers(0, 99),
 )
 @BUDGET
-def test_values(name, n, v_e, v_b, entries, listed, dense, blocked, normalize, dtype, layout, temperature, seed):
-    options = {"temperature": temperature, "normalize": normalize}
+def test_values(
+    name, n, v_e, v_b, entries, listed, dense, blocked, normalize, floor, index, dtype, layout, temperature, seed
+):
+    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index}
     p = problem(n, v_e, v_b, entries, listed, dense, blocked, seed, **options).to(dtype)
     if dense:
         p = p._replace(logits=LAYOUTS[layout](p.logits))
@@ -293,9 +313,33 @@ def test_blocked_tokens_get_nothing_and_the_rest_their_share(backend):
     assert not found.mass[previous == 3].any() and (previous == 3).any()
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("n", [2, 37])
+def test_a_floor_is_mixed_in_last(n, blocked, backend):
+    p = problem(n, blocked=blocked, floor=True)
+    found = check(p)
+    floor = p.options.pop("floor")
+    plain = bridge_project(p.logits, p.table, **p.options)
+    torch.testing.assert_close(found.log_q.exp(), (1 - floor.sum()) * plain.log_q.exp() + floor)
+    assert torch.equal(found.mass, plain.mass) and torch.equal(found.uncertainty, plain.uncertainty)
+    nothing = bridge_project(p.logits, p.table, **p.options, floor=torch.zeros(40))
+    assert torch.equal(nothing.log_q, plain.log_q)
+
+
+@pytest.mark.parametrize("n", [1, 30])
+def test_rows_are_read_where_the_index_says(n, backend):
+    p = problem(9, blocked=True, listed=3)
+    rows = torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(n))
+    options = {name: value if name == "blocked" else value[rows] for name, value in p.options.items()}
+    found = bridge_project(p.logits, p.table, **options, index=rows)
+    for mine, right in zip(found, bridge_project(p.logits[rows], p.table, **options), strict=True):
+        assert torch.equal(mine, right)
+
+
 @pytest.mark.parametrize("empty", [{"n": 0}, {"entries": 0}, {"v_b": 1}, {"v_e": 1}, {"dense": False, "listed": 0}], ids=str)
 def test_empty_inputs(empty, backend):
     for blocked in (False, True):
+        check(problem(blocked=blocked, floor=True, index=True, **empty))
         found = check(problem(blocked=blocked, **empty))
         if "entries" in empty or "dense" in empty:
             assert (found.log_q == -torch.inf).all() and not found.mass.any()
@@ -360,7 +404,7 @@ def test_the_reference_has_gradients_and_the_op_says_so(backend):
     view = (*table.columns[:2], table.weights.double()[torch.argsort(table.ids, stable=True)])
 
     def mapped(z):
-        blocks = (None,) * 3
+        blocks = (None,) * 5
         log_q, mass, uncertainty = reference.bridge_project(
             z, None, None, None, *view, table.row_sum.double(), table.spread.double(), *blocks, 9, 1.5, False
         )
@@ -393,6 +437,12 @@ def test_what_does_not_fit_is_refused():
         (logits, {"previous": given["previous"]}, "one is missing"),
         (logits, {"blocked": given["blocked"], "previous": torch.full((5,), 4)}, "previous hold 4 to 4: expected -1..3"),
         (logits, {"blocked": given["blocked"], "previous": given["previous"].float()}, "previous is torch.float32"),
+        (logits, {"index": torch.tensor([0, 5])}, "index hold 0 to 5: expected 0..4"),
+        (logits, {"index": torch.zeros(5)}, "index is torch.float32"),
+        (None, {"log_probs": given["log_probs"], "ids": given["ids"], "index": torch.arange(5)}, "rows of logits"),
+        (logits, {"floor": torch.zeros(39)}, r"floor is torch.float32 \(39,\): expected floats \[40\]"),
+        (logits, {"floor": torch.full((40,), torch.nan)}, "a NaN"),
+        (logits, {"floor": torch.ones(40)}, "more than 1 in all"),
         (logits, {"blocked": other, "previous": given["previous"]}, "blocked is for 39 base tokens"),
     ):
         with pytest.raises(ValueError, match=message):

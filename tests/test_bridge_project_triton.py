@@ -29,13 +29,15 @@ def on_triton():
     dense=st.booleans(),
     blocked=st.booleans(),
     normalize=st.booleans(),
+    floor=st.booleans(),
+    index=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     temperature=st.sampled_from([1.0, 2.0]),
     seed=st.integers(0, 99),
 )
 @BUDGET
-def test_values(n, v, entries, listed, dense, blocked, normalize, dtype, temperature, seed):
-    options = {"temperature": temperature, "normalize": normalize}
+def test_values(n, v, entries, listed, dense, blocked, normalize, floor, index, dtype, temperature, seed):
+    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index}
     check(problem(n, *v, entries, listed, dense, blocked, seed, **options).to(dtype))
 
 

@@ -3,6 +3,7 @@
     P = w softmax(z / τ) over the expert's tokens  +  the probabilities listed one by one
     q = Pᵀ M,   mass = Σ_t P(t) Σ_b M[t, b],   u = Σ_t P(t) (1 - max_b M[t, b]) + (1 - Σ_t P(t))
     with blocked tokens: q(b) = 0 for them, and the rest scaled so that Σ_b q(b) = mass again
+    with a floor, last:  q(b) := (1 - Σ_b floor(b)) q(b) + floor(b)
 
 What P does not hold (the tail of a top-k) and what M leaves unmapped is in neither q nor mass. It is scaled away only where
 `normalize` asks for q / mass.
@@ -18,7 +19,7 @@ from chassis_kernels.reference.precision import compute_dtype, without_autocast
 
 @without_autocast
 def bridge_project(
-    logits: Tensor,  # [N, >= width]
+    logits: Tensor,  # [N, >= width], or [any, >= width] with index
     log_probs: Tensor | None,  # [N, m], with ids; -1: nothing
     ids: Tensor | None,  # [N, m] int64, rows of M
     log_weight: Tensor | None,  # [N], log w; None: 0
@@ -30,12 +31,15 @@ def bridge_project(
     blocked_start: Tensor | None,  # [lists + 1]
     blocked: Tensor | None,  # [nnz] int32
     previous: Tensor | None,  # [N] int64, which list; -1: none
+    index: Tensor | None,  # [N] int64, which row of logits each row reads; None: its own
+    floor: Tensor | None,  # [V_B]
     width: int,
     temperature: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log q [N, V_B], mass [N] and u [N]. A row whose logits are all -inf has no probability from them."""
     dtype = compute_dtype(logits, log_probs, weights)
+    logits = logits if index is None else logits[index]
     p, share = expert_probabilities(logits[:, :width].to(dtype), log_probs, ids, log_weight, len(row_sum), temperature)
     base = torch.repeat_interleave(torch.arange(len(start) - 1, device=start.device), start.diff())
     q = p.new_zeros(len(p), len(start) - 1).index_add(1, base, p[:, rows] * weights.to(dtype))
@@ -52,7 +56,10 @@ def bridge_project(
         factor = torch.where(previous >= 0, torch.where(left, mass / rest, 0.0), factor)
     if normalize:
         factor = torch.where(mass > 0, factor / mass, factor)
-    return (q * factor[:, None]).log(), mass, uncertainty
+    q = q * factor[:, None]
+    if floor is not None:
+        q = (1 - floor.to(dtype).sum()) * q + floor.to(dtype)
+    return q.log(), mass, uncertainty
 
 
 def expert_probabilities(z, log_probs, ids, log_weight, n_rows, temperature) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@
     gather:   q[n, b] = Σ over the entries (t, M[t, b]) of column b  (exp((z[n, t] - top) / τ) scale + listed[n, t]) M[t, b]
     mask_rows, where tokens are blocked:  q = 0 for them, then log(q mass / Σ q)
 
+Either ends with the floor, where one is given: log((1 - Σ floor) q + floor).
+
 Listed probabilities are first laid out by table row, PART rows of the batch at a time.
 """
 
@@ -80,6 +82,8 @@ def gather(
     top,  # [N]
     scale,
     factor,
+    floor,  # [n_base], or None
+    above,  # 1 - Σ floor
     start,  # [n_base + 1]
     rows,  # [entries] int32
     weights,
@@ -113,7 +117,10 @@ def gather(
             b_p += tl.load(listed + o_n[:, None] * n_rows + b_t[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
         b_q += b_p * b_w[None, :]
     if LOGARITHM:
-        b_q = log_or_nothing(b_q * tl.load(factor + o_n, mask=m_n, other=0.0)[:, None])
+        b_q *= tl.load(factor + o_n, mask=m_n, other=0.0)[:, None]
+        if floor is not None:
+            b_q = b_q * above + tl.load(floor + o_b, mask=m_b, other=0.0)[None, :]
+        b_q = log_or_nothing(b_q)
     tl.store(log_q + o_n[:, None] * n_base + o_b[None, :], b_q, mask=m_n[:, None] & m_b[None, :])
 
 
@@ -125,6 +132,8 @@ def mask_rows(
     previous,  # [N]
     mass,  # [N], 0 afterwards where nothing is left
     factor,  # [N], for the rows without a list
+    floor,  # [n_base], or None
+    above,
     n_base,
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,14 +161,19 @@ def mask_rows(
     for first in range(0, n_base, BLOCK):
         o_b = first + tl.arange(0, BLOCK)
         b_q = tl.load(q + o_b, mask=o_b < n_base, other=0.0) * b_factor
+        if floor is not None:
+            b_q = b_q * above + tl.load(floor + o_b, mask=o_b < n_base, other=0.0)
         tl.store(q + o_b, log_or_nothing(b_q), mask=o_b < n_base)
 
 
 def bridge_project(
-    logits, log_probs, ids, log_weight, start, rows, weights, row_sum, spread, blocked_start, blocked, previous,
-    width, temperature, normalize,
+    logits, log_probs, ids, log_weight, start, rows, weights, row_sum, spread, blocked_start, blocked, previous, index,
+    floor, width, temperature, normalize,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = logits if index is None else logits.index_select(0, index)
     logits, n, n_base, n_rows = backends.rows_contiguous(logits), len(logits), len(start) - 1, len(row_sum)
+    above = 1.0 if floor is None else 1 - float(floor.double().sum())
+    floor = {"floor": None if floor is None else floor.float(), "above": above}
     log_q = logits.new_empty(n, n_base, dtype=torch.float32)
     top, scale, mass, uncertainty = log_q.new_empty(4, n)
     log2e_over_temperature = LOG2E / temperature
@@ -188,13 +202,13 @@ def bridge_project(
         launch(
             "bridge_project", gather,
             lambda meta, m=m: (triton.cdiv(n_base, meta["BLOCK"]), triton.cdiv(m, meta["ROWS"])), n_base,
-            logits=logits[part], listed=by_row, top=top[part], scale=scale[part], factor=factor[part], **table,
+            logits=logits[part], listed=by_row, top=top[part], scale=scale[part], factor=factor[part], **table, **floor,
             log_q=log_q[part], n=m, n_rows=n_rows, n_base=n_base, **shape, LOGARITHM=previous is None,
         )  # fmt: skip
     if previous is not None:
         launch(
             "bridge_project", mask_rows, lambda meta: (n,), n_base,
             log_q=log_q, blocked_start=blocked_start, blocked=blocked, previous=previous, mass=mass, factor=factor,
-            n_base=n_base, NORMALIZE=normalize,
+            **floor, n_base=n_base, NORMALIZE=normalize,
         )  # fmt: skip
     return log_q, mass, uncertainty

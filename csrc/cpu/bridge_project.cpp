@@ -2,6 +2,8 @@
 //
 //   P = w softmax(z / tau) + listed probabilities    q = P^T M    mass = sum_t P(t) row_sum(t)    u = sum_t P(t) spread(t)
 //
+// and last, where a floor is given, q := (1 - sum_b floor(b)) q + floor.
+//
 // A thread takes kLanes rows at a time and keeps their exponentials by expert token, e[t][row]: one entry (t, weight) of a
 // base token is then one load and one product for all of the rows. Below kLanes / 4 rows they are taken one by one, e[t].
 #include "cpu/gemm.h"
@@ -39,6 +41,9 @@ class Rows {
  public:
   Rows(const BridgeProject& in, const BridgeProjectResult& out)
       : in(in), out(out), padded(ceil_div(in.width, kChunk) * kChunk), e(std::max(padded, in.n_rows) * R) {
+    double floor = 0;
+    for (int64_t b = 0; in.floor && b < in.n_base; ++b) floor += in.floor[b];
+    above = float(1 - floor);
     prefer_large_pages({e.get(), std::max(padded, in.n_rows), R, R, DType::fp32});
     std::fill(e.get() + in.width * R, e.get() + std::max(padded, in.n_rows) * R, 0.0f);
   }
@@ -51,9 +56,9 @@ class Rows {
     for (int64_t r = 0; in.previous && r < count; ++r) masked |= in.previous[first + r] >= 0;
     for (int64_t r = 0; r < count; ++r) factor[r] = in.normalize && sums[r].mass > 0 ? float(1 / sums[r].mass) : 1.0f;
     if (masked) gather<false>();
-    else gather<true>();
+    else in.floor ? gather<true, true>() : gather<true>();
     for (int64_t r = 0; r < count; ++r) {
-      if (masked) mask(r);
+      if (masked) in.floor ? mask<true>(r) : mask<false>(r);
       out.mass[first + r] = float(sums[r].mass);
       out.uncertainty[first + r] = float(sums[r].spread + std::max(0.0, 1 - sums[r].total));
       for (int64_t i = 0; i < in.listed; ++i)
@@ -67,9 +72,20 @@ class Rows {
   const int64_t padded;
   Buffer e;  // [expert tokens and further rows of M][R], to be multiplied with scale[row]
   float chunk[R * kChunk];
+  float above;  // the share that a floor leaves to q
   float scale[R], factor[R];
   Sums sums[R];
   int64_t first, count;
+
+  template <class T>
+  const T* line(const T* z, int64_t r) const { return z + (in.index ? in.index[first + r] : first + r) * in.logits.stride; }
+
+  // log q of q by token, with the floor in it; `value` is q times its factor.
+  template <bool floor>
+  vf logarithm(vf value, int64_t b, int64_t n) const {
+    if constexpr (floor) value = value * above + (n == kLanes ? load(in.floor + b) : load_line(in.floor + b, 1, n));
+    return log_or_nothing(value);
+  }
 
   int64_t id(int64_t r, int64_t i) const { return in.ids[(first + r) * in.listed + i]; }
 
@@ -78,13 +94,13 @@ class Rows {
     for (int r = 0; r < R; ++r) {
       sums[r] = {}, scale[r] = 1, factor[r] = 1, top[r] = -kInf;
       const bool there = r < count && !(in.log_weight && std::exp(in.log_weight[first + r]) < kNoWeight);
-      if (there) with_type(in.logits, [&](auto* z) { top[r] = row_max(z + (first + r) * in.logits.stride, in.width); });
+      if (there) with_type(in.logits, [&](auto* z) { top[r] = row_max(line(z, r), in.width); });
     }
     for (int64_t t = 0; t < in.width; t += kChunk) {
       for (int r = 0; r < R; ++r) {
         float* x = R == 1 ? e.get() + t : chunk + r * kChunk;
         if (top[r] == -kInf) std::fill(x, x + kChunk, 0.0f);
-        else with_type(in.logits, [&](auto* z) { read(z + (first + r) * in.logits.stride, t, top[r], x, sums[r]); });
+        else with_type(in.logits, [&](auto* z) { read(line(z, r), t, top[r], x, sums[r]); });
       }
       if (R > 1) by_token(e.get() + t * R, std::min(kChunk, in.n_rows - t));
     }
@@ -140,7 +156,7 @@ class Rows {
   float* q(int64_t r) const { return out.log_q + (first + r) * in.n_base; }
 
   // q by base token, its logarithm where asked.
-  template <bool logarithm>
+  template <bool logs, bool floor = false>
   void gather() {
     const bool aligned = reinterpret_cast<uintptr_t>(out.log_q) % sizeof(vf) == 0 && in.n_base % kLanes == 0;
     const int64_t last = in.entries - 1;
@@ -164,15 +180,16 @@ class Rows {
       if (R > 1) transpose(tile);
       for (int64_t r = 0; r < count; ++r) {
         vf v = tile[r] * scale[r];
-        if (logarithm) v = log_or_nothing(v * factor[r]);
-        if (logarithm && aligned) stream(q(r) + b, v);
+        if (logs) v = logarithm<floor>(v * factor[r], b, n);
+        if (logs && aligned) stream(q(r) + b, v);
         else if (n == kLanes) store(q(r) + b, v);
         else std::memcpy(q(r) + b, &v, n * sizeof(float));
       }
     }
-    if (logarithm && aligned) fence();
+    if (logs && aligned) fence();
   }
 
+  template <bool floor>
   void mask(int64_t r) {
     float* row = q(r);
     if (const int64_t list = in.previous[first + r]; list >= 0) {
@@ -184,8 +201,8 @@ class Rows {
       if (!left) sums[r].mass = 0;
     }
     int64_t b = 0;
-    for (; b + kLanes <= in.n_base; b += kLanes) store(row + b, log_or_nothing(load(row + b) * factor[r]));
-    for (; b < in.n_base; ++b) row[b] = log_or_nothing(splat(row[b] * factor[r]))[0];
+    for (; b + kLanes <= in.n_base; b += kLanes) store(row + b, logarithm<floor>(load(row + b) * factor[r], b, kLanes));
+    for (; b < in.n_base; ++b) row[b] = logarithm<floor>(splat(row[b] * factor[r]), b, 1)[0];
   }
 
   static float partial_sum(const float* x, int64_t n) {
@@ -204,15 +221,15 @@ void run(const BridgeProject& in, const BridgeProjectResult& out) {
   {
     Rows<R> rows(in, out);
 #pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < in.logits.rows; row += R) rows.run(row, std::min<int64_t>(R, in.logits.rows - row));
+    for (int64_t row = 0; row < in.count; row += R) rows.run(row, std::min<int64_t>(R, in.count - row));
   }
 }
 
 }  // namespace
 
 void bridge_project(const BridgeProject& in, const BridgeProjectResult& out) {
-  prefer_large_pages({out.log_q, in.logits.rows, in.n_base, in.n_base, DType::fp32});
-  if (in.logits.rows < kLanes / 4) run<1>(in, out);
+  prefer_large_pages({out.log_q, in.count, in.n_base, in.n_base, DType::fp32});
+  if (in.count < kLanes / 4) run<1>(in, out);
   else run<kLanes>(in, out);
 }
 

@@ -134,6 +134,7 @@ struct GoldKLResult {
 // The table by base token (start [n_base + 1], rows, weights) and by row (row_sum, spread); logits [N, >= width] for its
 // first rows, and `listed` further (log_probs, ids) a row, -1 none, with log_weight [N] for the logits; which list of blocked
 // base tokens holds for each row, -1 none. ids, log_weight and previous may be null.
+// `count` rows; row n reads logits[index[n]] (null: logits[n]). `floor` [n_base] may be null.
 struct BridgeProject {
   Matrix logits;
   const float* log_probs;
@@ -144,8 +145,9 @@ struct BridgeProject {
   const float *weights, *row_sum, *spread;
   const int64_t* blocked_start;
   const int32_t* blocked;
-  const int64_t* previous;
-  int64_t entries, n_rows, n_base, listed, width;
+  const int64_t *previous, *index;
+  const float* floor;
+  int64_t count, entries, n_rows, n_base, listed, width;
   float temperature;
   bool normalize;
 };

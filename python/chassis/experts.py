@@ -57,18 +57,24 @@ class Expert(Protocol):
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, base_final: torch.Tensor) -> torch.Tensor: ...
 
 
-class ProbabilityExpert(Expert, Protocol):
-    """Rows are log-probabilities over the base's tokens; a row of infinities says nothing and is left out.
+class ProbabilityExpert(Protocol):
+    """`rows` gives (log-probabilities over the base's tokens [n, V] of n positions in reading order, where they are [B, T]).
 
-    `windows` cuts documents where both models can read them. `plain_forward` is what reading windows costs the expert alone.
+    `windows` cuts documents where both models can read them; it is told by `prepare` which `rows` will be asked for, many at
+    a time. `plain_forward` is what reading windows costs the expert alone.
     `rows` also adds to `pairs`, Moments(D, width), the final states of both models where they have read the same text, as
     long as it needs more of them. From these `semantic_change` is the change of the logits of the base `readout` that the
     expert's states foretell, to start from; it raises BridgeError where they foretell none.
     """
 
+    name: str
+    readout: Readout
+    log_probs: bool
     width: int  # of its final states
 
     def windows(self, documents: Sequence[Document], length: int) -> list[Window]: ...
+
+    def prepare(self, windows: Sequence[Window]) -> None: ...
 
     def plain_forward(self, windows: Sequence[Window]) -> None: ...
 
@@ -78,7 +84,7 @@ class ProbabilityExpert(Expert, Protocol):
         attention_mask: torch.Tensor,
         base_final: torch.Tensor,
         pairs: Moments | None = None,
-    ) -> torch.Tensor: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def semantic_change(self, base: Readout, pairs: Moments, alpha: float) -> Change: ...
 

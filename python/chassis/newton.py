@@ -49,13 +49,15 @@ class ProbabilityStatistics(Statistics):
 
     def update(self, rows: Rows) -> None:
         """Add one batch: rows.expert [n, V] are log-probabilities."""
-        for hidden, log_q in zip(rows.final.split(TILE), rows.expert.split(TILE), strict=True):
+        weight, slopes = self.base.weight.float(), torch.empty(rows.final.shape, device=rows.final.device)
+        for hidden, log_q, g in zip(*(x.split(TILE) for x in (rows.final, rows.expert, slopes)), strict=True):
             q = log_q.float().exp()
             p, slope = probabilities(hidden, self.base)
             self.p_sum += q.sum(0)  # of TILE rows float32 loses nothing that counts
             self.base_p_sum += p.sum(0)
             change = q.sub_(p) if slope is None else q.sub_(p).mul_(slope)
-            self.final.update(hidden, (change @ self.base.weight.float()).mul_(self.base.scale))
+            torch.mm(change, weight, out=g)
+        self.final.update(rows.final, slopes.mul_(self.base.scale))
         self.n_rows += len(rows.final)
 
     def _moments(self) -> Iterator[tuple[str, Moments]]:

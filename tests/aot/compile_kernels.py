@@ -34,7 +34,7 @@ _DIVERGENCES = [_PLAIN | {"divergence": code} for code in (0, 1)]  # examples ha
 _TOKENS = [{"reverse": True}, {"columns": None, "keep": None, "reverse": True}]
 _HEADS = [dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a"))]
 OTHERWISE = {
-    "bridge_project": [dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous"))],
+    "bridge_project": [dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous", "floor"))],
     "delta_logits_": [dict.fromkeys(("bias", "mean", "cols", "adapter_id"))],
     "linear_kl": _HEADS,
     "linear_kl_backward": _HEADS,

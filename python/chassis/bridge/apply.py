@@ -25,6 +25,7 @@ from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
 
 LISTED = 4_000_000  # entries of the padded lists of a chunk, at most
+ROWS = 256  # of a chunk
 
 
 class Mixture(NamedTuple):
@@ -99,12 +100,28 @@ class States:
             everything.complete[complete], everything.shares[complete], everything.logs[listed], everything.rows[listed]
         )
 
-    def rows(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Logits [n, V_E] of the complete states, several of a position mixed into one row, and their log shares [n]."""
+    @cached_property
+    def n_complete(self) -> np.ndarray:
+        """How many complete states each position has, [positions]."""
+        return np.diff(self.mixtures.complete_start)
+
+    def nodes(self, positions: np.ndarray) -> Tensor:
+        """The first of the complete states [n] of positions; 0 where there is none."""
         everything, start, _ = self.mixtures
-        first, n = start[positions], start[positions + 1] - start[positions]
-        nodes = np.where(n > 0, np.append(everything.complete, 0)[first], 0)
-        logits = self.logits.index_select(0, torch.from_numpy(nodes).to(self.logits.device))
+        nodes = np.where(self.n_complete[positions] > 0, np.append(everything.complete, 0)[start[positions]], 0)
+        return torch.from_numpy(nodes).to(self.logits.device)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Log shares [positions] float32 of their complete states together."""
+        everything, start, _ = self.mixtures
+        return torch.from_numpy(log_totals(everything.shares, start)).float().to(self.logits.device)
+
+    def rows(self, positions: np.ndarray) -> Tensor:
+        """Logits [n, V_E] of the complete states, several of a position mixed into one row."""
+        everything, start, _ = self.mixtures
+        first, n = start[positions], self.n_complete[positions]
+        logits = self.logits.index_select(0, self.nodes(positions))
         for several in np.unique(n[n > 1]).tolist():
             mixed = np.flatnonzero(n == several)
             place = first[mixed, None] + np.arange(several)
@@ -114,8 +131,7 @@ class States:
             log_p += weights[:, :, None]
             mixed = torch.from_numpy(mixed).to(logits.device)
             logits[mixed] = (log_p.logsumexp(1) * self.temperature).to(logits.dtype)
-        share = log_totals(everything.shares, start)[positions]
-        return logits, torch.from_numpy(share).float().to(logits.device)
+        return logits
 
 
 def project_positions(
@@ -124,31 +140,31 @@ def project_positions(
     positions: np.ndarray,
     blocked: tuple[BlockedTokens, Tensor] | None,
     normalize: bool,
+    floor: Tensor | None,
 ) -> Iterator[tuple[np.ndarray, Bridged]]:
     """(positions, what `bridge_project` gives for them) in chunks of bounded size; each position once, in any order."""
-    start = states.mixtures.start
-    width = np.diff(start)[positions]
-    order = np.argsort(width, kind="stable")
-    ordered, width = positions[order], width[order]
-    begin = 0
-    while begin < len(ordered):
-        end = begin + 1
-        while end < len(ordered) and (end - begin) * width[end] <= LISTED and end - begin < 256:
-            end += 1
-        yield ordered[begin:end], _project(states, table, ordered[begin:end], blocked, normalize)
-        begin = end
+    several = states.n_complete[positions] > 1
+    for group in (positions[~several], positions[several]):
+        width = np.diff(states.mixtures.start)[group]
+        order = np.argsort(width, kind="stable")
+        group, width = group[order], width[order]
+        while len(group):
+            fits = np.arange(min(len(group), ROWS)) * width[:ROWS] <= LISTED
+            chunk, group, width = group[: fits.sum()], group[fits.sum() :], width[fits.sum() :]
+            yield chunk, _project(states, table, chunk, blocked, normalize, floor)
 
 
-def _project(states: States, table: BridgeTable, chunk: np.ndarray, blocked, normalize: bool) -> Bridged:
+def _project(states: States, table: BridgeTable, chunk: np.ndarray, blocked, normalize: bool, floor) -> Bridged:
     """The one place where rows meet the kernel."""
     everything, _, start = states.mixtures
     place = start[chunk, None] + np.arange(np.diff(start)[chunk].max())
     there = place < start[chunk + 1, None]
     log_probs, ids = np.full(place.shape, -np.inf, dtype=np.float32), np.full(place.shape, -1, dtype=np.int64)
     log_probs[there], ids[there] = everything.logs[place[there]], everything.rows[place[there]]
-    logits, share = states.rows(chunk)
+    several = states.n_complete[chunk].max() > 1
+    logits, index = (states.rows(chunk), None) if several else (states.logits, states.nodes(chunk))
     listed = torch.from_numpy(log_probs).to(logits.device), torch.from_numpy(ids).to(logits.device)
-    options = {"log_probs": listed[0], "ids": listed[1], "log_weight": share}
+    options = {"log_probs": listed[0], "ids": listed[1], "log_weight": states.shares[chunk], "index": index, "floor": floor}
     if blocked is not None:
         options |= {"blocked": blocked[0], "previous": blocked[1][torch.from_numpy(chunk)].to(logits.device)}
     return bridge_project(logits, table, temperature=states.temperature, normalize=normalize, **options)

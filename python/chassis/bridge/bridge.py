@@ -17,6 +17,7 @@ base's log-probabilities; `em.likeliest` fits a counted bridge to what the exper
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,13 +192,17 @@ class Bridge:
         *,
         masked: bool = True,
         temperature: float = 1.0,
+        floored: bool = False,
     ) -> Iterator[tuple[np.ndarray, Bridged]]:
-        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order. Raises as it does."""
+        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order. Raises as it does.
+        `floored`: log q is what `self.floored` makes of it."""
+        mix = self.floored if floored else lambda log_q: log_q
         self._check_logits(logits, len(plan.tree))
         if plan.options is not None and not masked:
             raise BridgeError("this plan leaves out what is blocked (plans(followed=True)): make another for masked=False")
         if self.identical:
-            yield np.arange(len(plan)), self._same(logits[torch.from_numpy(plan.ended)], temperature)
+            found = self._same(logits[torch.from_numpy(plan.ended)], temperature)
+            yield np.arange(len(plan)), found._replace(log_q=mix(found.log_q))
             return
         states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
         blocked = self._blocked(plan.previous) if masked else None
@@ -207,9 +212,11 @@ class Bridge:
                 lists = None if blocked is None else (blocked[0], blocked[1][tile])
                 found = jeffrey.weigh(P, self.table, base_log_probs[tile], lists, normalize=True)
                 positions = np.arange(tile.start, tile.stop)
-                yield positions, self._with_unknown(plan, positions, found)
+                found = self._with_unknown(plan, positions, found)
+                yield positions, found._replace(log_q=mix(found.log_q))
             return
-        for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete):
+        floor = self.floor.to(logits.device) if floored else None
+        for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete, floor):
             yield positions, self._with_unknown(plan, positions, part)
 
     def project(
@@ -252,6 +259,15 @@ class Bridge:
         if self.identical:
             return -chosen.log()
         return -((1 - FLOOR) * chosen + FLOOR * self.unigram.to(ids.device)[ids]).log()
+
+    @cached_property
+    def floor(self) -> Tensor:
+        """FLOOR of the base's unigram distribution, [V_B] float32."""
+        return (FLOOR * self.unigram).float()
+
+    def floored(self, log_q: Tensor) -> Tensor:
+        """log q [n, V_B] with `floor` mixed in."""
+        return torch.logaddexp(log_q + math.log1p(-FLOOR), self.floor.to(log_q).log())
 
     def coverage(self) -> dict:
         """Counts that tell how the vocabularies overlap and how sure the table is."""
@@ -341,8 +357,8 @@ class Bridge:
 
     def _with_unknown(self, plan: Plan, positions: np.ndarray, result: Bridged) -> Bridged:
         """`result` with the base's unigram distribution where the plan has no state of the expert."""
-        states = np.diff(plan.ended_start) + np.diff(plan.begun_start)
-        unknown = torch.from_numpy(np.flatnonzero(states[positions] == 0))
+        first = plan.ended_start + plan.begun_start
+        unknown = torch.from_numpy(np.flatnonzero(first[positions] == first[positions + 1]))
         result.log_q[unknown] = self.unigram.log().to(result.log_q)
         result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
         return result

@@ -81,7 +81,7 @@ def evaluate(
     mixing = np.zeros(len(WEIGHTS))
     for done, part in enumerate(parts["validation"], 1):
         reading = read(models, bridge, part)
-        log_q = _floored(bridge, bridge.apply(reading.plan, reading.logits, masked=masked).log_q)
+        log_q = bridge.floored(bridge.apply(reading.plan, reading.logits, masked=masked).log_q)
         mixing += [float(_mixed(reading, log_q, weight)[reading.scored].sum()) for weight in WEIGHTS]
         progress("mixture", done, len(parts["validation"]))
     weight = WEIGHTS[int(mixing.argmin())]
@@ -106,7 +106,7 @@ def evaluate(
             _add(tallies[name], used.nll(plan, result), result, scored)
             if truth is not None:
                 _compare(tallies[name], truth[aligned], result.log_q[aligned])
-        log_q, log_p = _floored(bridge, results[main].log_q), reading.log_p
+        log_q, log_p = bridge.floored(results[main].log_q), reading.log_p
         tallies[MIXTURE].nats += float(_mixed(reading, log_q, weight)[scored].sum())
         tallies["base alone"].nats -= float(reading.chosen(log_p)[scored].sum())
         if truth is not None:
@@ -151,10 +151,6 @@ def _look(bridge: Bridge, plan: Plan, models: Models, budgets: Sequence[int], ma
     states = ExpertStates(models.expert_model, models.start_id)
     logits = states.grow(plan.tree.tokens, plan.tree.parent)
     return lookaheads(bridge, plan, states, logits, budgets, masked=masked)
-
-
-def _floored(bridge: Bridge, log_q: Tensor) -> Tensor:
-    return ((1 - FLOOR) * log_q.exp() + FLOOR * bridge.unigram.to(log_q)).log()
 
 
 def _mixed(reading: Reading, log_q: Tensor, weight: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from chassis.bridge.bridge import FLOOR, Bridge
+from chassis.bridge.bridge import Bridge
 from chassis.bridge.forest import Read, Reader
 from chassis.bridge.initial import add_pairs, semantic_change
 from chassis.bridge.plan import Plan
@@ -27,12 +27,12 @@ CELLS = 16_000_000  # logits of the expert at hand at once
 
 
 class BridgedExpert:
-    """A causal LM read through a bridge. `rows` are log q [B, T, V], FLOOR of the base's unigram distribution mixed in.
+    """A causal LM read through a bridge. `rows` are log q [n, V], some of the base's unigram distribution mixed in.
 
-    Row t predicts the token after position t from the text before that token alone. Windows are cut from documents by
-    `windows`, where tokens of both models end. `share` leaves out states that hardly count (`forest`). `aligned_only` is the
-    ablation: nothing is said but where a token of the expert ends in the encoding of the whole text, and there it is taken
-    for known that one ended. The base cannot see that.
+    The row of a position predicts the token after it from the text before that token alone. Windows are cut by `windows`,
+    where tokens of both models end. `share` leaves out states that hardly count (`forest`). `aligned_only` is the ablation:
+    nothing is said but where a token of the expert ends in the encoding of the whole text, and there it is taken for known
+    that one ended. The base cannot see that.
     """
 
     log_probs = True
@@ -51,7 +51,6 @@ class BridgedExpert:
         self.share, self.aligned_only = share, aligned_only
         self.model, self.bridge, self.start_id, self.bos_id, self.name = model, bridge, start_id, bos_id, name
         self.readout, self._reader = Readout(None), Reader(model, start_id, bridge)
-        self._floor = FLOOR * bridge.unigram.float()
         self._plans: dict[bytes, Plan] = {}
 
     def windows(self, documents: Sequence[Document], length: int) -> list[Window]:
@@ -92,18 +91,20 @@ class BridgedExpert:
         attention_mask: torch.Tensor,
         base_final: torch.Tensor,
         pairs: Moments | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         is_text, device = self.bridge.base.is_text, base_final.device
-        out = pages.empty((*input_ids.shape, self.bridge.base.width), torch.float32, device)
-        flat, places, following = out.flatten(0, 1), [], []
+        places, following = [], []
         windows = list(zip(input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy(), strict=True))
-        plans = self.plans([ids[mask & is_text[ids]] for ids, mask in windows])
+        plans = self._plans_of([ids[mask] for ids, mask in windows])
         for row, ((ids, mask), plan) in enumerate(zip(windows, plans, strict=True)):
             # Row t predicts what follows position t: the text token of that number.
             number = np.cumsum(is_text[ids[mask]])
             places.append(row * len(mask) + np.flatnonzero(mask)[number < len(plan)])
             following.append(number[number < len(plan)])
-        silent = np.ones(len(flat), dtype=bool)
+        said = np.zeros(input_ids.numel(), dtype=bool)
+        said[np.concatenate(places)] = True
+        row_of, silent = said.cumsum() - 1, np.ones(int(said.sum()), dtype=bool)
+        out = pages.empty((len(silent), self.bridge.base.width), torch.float32, device)
         for group in self._groups(plans):
             begin = starts([len(plans[row]) for row in group])
             source = np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)])
@@ -117,22 +118,23 @@ class BridgedExpert:
                 add_pairs(pairs, base_final.flatten(0, 1), read.trunks, own, follow, at)
             for positions, q in self._tiles(read, own):
                 taken, of = ranges(begins, positions)
-                into = place[order[taken]]
-                silent[into] = False
+                into = row_of[place[order[taken]]]
                 q = q if np.array_equal(of, np.arange(len(q))) else q[torch.from_numpy(of)]
-                flat.index_copy_(0, torch.from_numpy(into).to(device), q.to(device))
-        flat[torch.from_numpy(silent).to(device)] = torch.inf
-        return out
+                silent[into] = False
+                out.index_copy_(0, torch.from_numpy(into).to(device), q.to(device))
+        if silent.any():
+            said[np.flatnonzero(said)[silent]] = False
+            out = out[torch.from_numpy(~silent).to(device)]
+        return out, torch.from_numpy(said).view(input_ids.shape).to(device)
 
     def _tiles(self, read: Read, plans: Sequence[Plan]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """(positions [m], their log q [m, V]) of texts that were read at once."""
         if self.aligned_only:
-            tiles = [self._aligned(plans[0], read.logits)]
-        else:
-            tiles = self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums)
-        for positions, part in tiles:
-            q, floor = part.log_q.exp_(), self._floor.to(part.log_q)
-            yield positions, torch.add(floor, q, alpha=1 - FLOOR, out=q).log_()
+            positions, part = self._aligned(plans[0], read.logits)
+            yield positions, self.bridge.floored(part.log_q)
+            return
+        for positions, part in self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums, floored=True):
+            yield positions, part.log_q
 
     def _groups(self, plans: Sequence[Plan]) -> Iterator[list[int]]:
         """Texts that are read at once: CELLS logits, trees of like numbers of branches, which attention pads to the most."""
@@ -153,9 +155,14 @@ class BridgedExpert:
         previous = torch.from_numpy(np.append(-1, plan.base_ids)[positions])
         return positions, self.bridge.project(logits[nodes], previous=previous)
 
-    def plans(self, texts: Sequence[np.ndarray]) -> list[Plan]:
-        """The plans of texts given as base tokens [n] int64; those not known are made together and kept. Raises BridgeError
-        for tokens that are not the base's encoding of their text."""
+    def prepare(self, windows: Sequence[Window]) -> None:
+        """Plans windows that `rows` will be asked for: many at once cost less."""
+        self._plans_of([window.ids for window in windows])
+
+    def _plans_of(self, windows: Sequence[np.ndarray]) -> list[Plan]:
+        """The plans of windows given as base tokens [n]; those not known are made together and kept. Raises BridgeError for
+        tokens that are not the base's encoding of their text."""
+        texts = [ids[self.bridge.base.is_text[ids]].astype(np.int64) for ids in windows]
         keys = [tokens.tobytes() for tokens in texts]
         missing = {key: tokens for key, tokens in zip(keys, texts, strict=True) if key not in self._plans}
         if len(self._plans) + len(missing) > PLANS:

@@ -1,7 +1,7 @@
 """A model over the tokens of several texts as one row without padding; further tokens may branch off any of them.
 
 Attention alone has to know which text a token belongs to, and it alone is replaced while the model runs: there the texts
-are laid out in rows of their own, padded to the longest, and given to the attention that the model has.
+are laid out in rows of their own, padded to the longest. `packs` asks whether that is the attention that the model has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chassis.models import final_states
 from chassis.models.forward import evaluating, forward, probe_ids
@@ -60,14 +59,20 @@ class PackedStates:
             # Zeros, since what is masked counts nothing, but must be a number.
             stored = tuple(x.new_zeros(self.n_texts * self.longest, *x.shape[1:]) for x in (key, value))
             self._stored[module.layer_idx] = stored
-        queries = query.new_zeros(self.n_texts * self._most, *query.shape[1:]).index_copy_(0, self._query, query)
+        queries = query.new_empty(self.n_texts * self._most, *query.shape[1:]).index_copy_(0, self._query, query)
         rows = [queries.unflatten(0, (self.n_texts, -1))]
         for stored, new in zip(self._stored[module.layer_idx], (key, value), strict=True):
             stored.index_copy_(0, self._slot, new)
             rows.append(stored.unflatten(0, (self.n_texts, -1))[:, : int(self._count.max())])
         mask = self._mask(options.get("sliding_window"), query.dtype)
-        found, _ = ALL_ATTENTION_FUNCTIONS[OWN](module, *(x.transpose(1, 2) for x in rows), mask, **options)
-        return found.flatten(0, 1).index_select(0, self._query)[None], None
+        found = nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in rows),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=options.get("scaling"),
+            enable_gqa=True,
+        )
+        return found.transpose(1, 2).flatten(0, 1).index_select(0, self._query)[None], None
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """0 where a token attends, to no more than `window` positions, [texts, 1, queries, tokens so far]."""

@@ -22,7 +22,8 @@ def row_probabilities(states: States, n_rows: int, cells: int = 0) -> Iterator[t
     step = max(1, CELLS // max(n_rows, cells))
     for begin in range(0, len(states.plan), step):
         tile = slice(begin, min(begin + step, len(states.plan)))
-        logits, share = states.rows(np.arange(tile.start, tile.stop))
+        positions = np.arange(tile.start, tile.stop)
+        logits, share = states.rows(positions), states.shares[positions]
         P = torch.zeros(len(logits), n_rows, device=logits.device)
         P[:, : logits.shape[1]] = (logits.float() / states.temperature).softmax(1) * share.exp()[:, None]
         begins = start[tile.start : tile.stop + 1]
