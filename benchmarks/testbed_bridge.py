@@ -23,6 +23,7 @@ from chassis import probes
 from chassis.bridge import apply
 from chassis.bridge.apply import States
 from chassis.bridge.bridge import Bridge
+from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.expert import BridgedExpert
 from chassis.bridge.forest import Reader
 from chassis.bridge.loading import Side, bridge_for, bridged_expert
@@ -47,7 +48,7 @@ PARTS = (
     (probes, "capture", "the base's forward"),
     (Bridge, "plans", "plans"),
     (Reader, "read", "states of the expert"),
-    (Bridge, "_blocked", "what cannot follow"),
+    (CanonicalMask, "lists", "what cannot follow"),
     (States, "__init__", "projection"),
     (apply, "_project", "projection"),
     (ProbabilityStatistics, "update", "moments"),

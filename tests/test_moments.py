@@ -136,13 +136,16 @@ def outlier_rows(n, d=128, seed=0):
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_eager_float32(dtype):
-    x = outlier_rows(4096).to(dtype)
-    y = torch.randn(4096, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
-    truth, found = exact(x, y), {}
-    for backend in ("cpu", "reference"):
-        with backends.use_backend(backend):
-            found[backend] = errors(moments_update_(Moments(128, 40), x, y), truth)
-    for kernel, eager in zip(found["cpu"], found["reference"], strict=True):
+    """The largest over several draws: of one, either error may be small by luck."""
+    found = {"cpu": [], "reference": []}
+    for seed in range(4):
+        x = outlier_rows(4096, seed=seed).to(dtype)
+        y = torch.randn(4096, 40, generator=torch.Generator().manual_seed(seed + 9)).to(dtype)
+        truth = exact(x, y)
+        for backend in found:
+            with backends.use_backend(backend):
+                found[backend].append(errors(moments_update_(Moments(128, 40), x, y), truth))
+    for kernel, eager in zip(*(map(max, zip(*of, strict=True)) for of in found.values()), strict=True):
         assert kernel <= 2 * eager + EPS / 8
 
 

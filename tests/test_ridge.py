@@ -141,7 +141,9 @@ def test_an_alpha_below_the_floor_is_raised_with_a_warning_that_says_why():
     x, y = problem()
     x = torch.cat([x, x[:, :2]], 1)  # rank 12 of 14
     moments = Moments(14, 4).update(x, y)
-    with pytest.warns(RuntimeWarning, match=r"raised to the floor .*cond\(S\).*degrees of freedom 12.0 of 14, \d+ negative"):
+    with pytest.warns(
+        RuntimeWarning, match=r"raised to the floor .*cond\(S\).*degrees of freedom 12\.\d of 14, \d+ negative"
+    ):
         solution = ridge.solve(moments, 1e-17)
     assert solution.alpha == pytest.approx(10 * torch.finfo(torch.float64).eps * float(solution.eigenvalues[-1]))
     assert solution.W.isfinite().all()

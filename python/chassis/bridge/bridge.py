@@ -205,7 +205,7 @@ class Bridge:
             yield np.arange(len(plan)), found._replace(log_q=mix(found.log_q))
             return
         states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
-        blocked = self._blocked(plan.previous) if masked else None
+        blocked = self.mask.lists(plan.previous.tolist()) if masked else None
         if self.asks_base:
             self._check_asked(base_log_probs, len(plan))
             for tile, P in row_probabilities(states, len(self.leaves), len(self.table.ids)):
@@ -240,7 +240,7 @@ class Bridge:
             logits = logits[:, : self.expert.width]
             logits = logits if padding is None else logits.masked_fill(padding.to(logits.device), -torch.inf)
         normalize = self.complete and logits is not None
-        blocked = None if previous is None else self._blocked(previous.cpu().numpy())
+        blocked = None if previous is None else self.mask.lists(previous.tolist())
         if self.asks_base:
             given = log_probs if logits is None else logits
             self._check_asked(base_log_probs, len(given))
@@ -358,9 +358,10 @@ class Bridge:
     def _with_unknown(self, plan: Plan, positions: np.ndarray, result: Bridged) -> Bridged:
         """`result` with the base's unigram distribution where the plan has no state of the expert."""
         first = plan.ended_start + plan.begun_start
-        unknown = torch.from_numpy(np.flatnonzero(first[positions] == first[positions + 1]))
-        result.log_q[unknown] = self.unigram.log().to(result.log_q)
-        result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
+        unknown = np.flatnonzero(first[positions] == first[positions + 1])
+        if len(unknown):
+            result.log_q[unknown] = self.unigram.log().to(result.log_q)
+            result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0
         return result
 
     def _check_asked(self, base_log_probs: Tensor | None, n: int) -> None:
@@ -370,9 +371,6 @@ class Bridge:
                 f"base_log_probs are {given}, expected [{n}, {self.base.width}]: method {self.method} asks the base which "
                 "of its tokens comes"
             )
-
-    def _blocked(self, previous: np.ndarray):
-        return self.mask.lists(previous.tolist())
 
     def _check_logits(self, logits: Tensor, rows: int) -> None:
         if logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] < self.expert.width:
