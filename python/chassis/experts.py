@@ -46,9 +46,7 @@ def same_unembedding(a: Readout, b: Readout) -> bool:
 
 class Expert(Protocol):
     """`rows` gives [B, T, E] for a batch, in the space `readout` reads, from `base_final` [B, T, D] where that is enough.
-
-    `log_probs`: it is a `ProbabilityExpert`.
-    """
+    `log_probs` is False."""
 
     name: str
     readout: Readout
@@ -59,12 +57,13 @@ class Expert(Protocol):
 
 class ProbabilityExpert(Protocol):
     """`rows` gives (log-probabilities over the base's tokens [n, V] of n positions in reading order, where they are [B, T]).
+    `log_probs` is True.
 
-    `windows` cuts documents where both models can read them; it is told by `prepare` which `rows` will be asked for, many at
-    a time. `plain_forward` is what reading windows costs the expert alone.
-    `rows` also adds to `pairs`, Moments(D, width), the final states of both models where they have read the same text, as
-    long as it needs more of them. From these `semantic_change` is the change of the logits of the base `readout` that the
-    expert's states foretell, to start from; it raises BridgeError where they foretell none.
+    `windows` cuts documents where both models can read them. `prepare` tells it of windows before `rows` is asked for them,
+    of many at a time, which costs less. `plain_forward` is what reading windows costs the expert alone. `rows` also adds to
+    `pairs`, Moments(D, width), the final states of both models where they have read the same text, as long as it needs more
+    of them. From these `semantic_change` is the change of the logits of the base `readout` that the expert's states
+    foretell, to start from; it raises BridgeError where they foretell none.
     """
 
     name: str
@@ -87,6 +86,9 @@ class ProbabilityExpert(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def semantic_change(self, base: Readout, pairs: Moments, alpha: float) -> Change: ...
+
+
+AnyExpert = Expert | ProbabilityExpert
 
 
 class ModelExpert:

@@ -19,7 +19,7 @@ from chassis.adapter import FORMAT, Adapter, AdapterConfig
 from chassis.checkpoint import Checkpoint
 from chassis.closed_form import ClosedForm, closed_form
 from chassis.errors import BridgeError, ChassisError
-from chassis.experts import Expert, Readout
+from chassis.experts import AnyExpert, Readout
 from chassis.files import ensure_config_is, ensure_writable
 from chassis.lens import Lens, LensConfig, fit_lens
 from chassis.models import Head, inspect_head, located, vocabulary_hash
@@ -118,7 +118,7 @@ class FitResult:
 
 def fit(
     base: Base,
-    expert: Expert,
+    expert: AnyExpert,
     documents: Mapping[str, Sequence[Document]],
     options: FitOptions | None = None,
     *,
@@ -201,7 +201,7 @@ def collect(
     return statistics
 
 
-def _closed_form(statistics: Statistics, expert: Expert, held: list[Rows], options: FitOptions) -> ClosedForm:
+def _closed_form(statistics: Statistics, expert: AnyExpert, held: list[Rows], options: FitOptions) -> ClosedForm:
     if not expert.log_probs:
         return closed_form(statistics, options.alpha)
     semantic = None
@@ -272,7 +272,7 @@ def _steps(probe: Probe, windows: Sequence[Window]) -> Iterator[Rows]:
 
 
 def _windows(
-    base: Base, expert: Expert, documents: Mapping[str, Sequence[Document]], options: FitOptions
+    base: Base, expert: AnyExpert, documents: Mapping[str, Sequence[Document]], options: FitOptions
 ) -> dict[str, list[Window]]:
     missing = [split for split in SPLITS if not documents.get(split)]
     if missing:
@@ -297,7 +297,7 @@ def _windows(
     return windows
 
 
-def _check_expert(base: Base, expert: Expert) -> None:
+def _check_expert(base: Base, expert: AnyExpert) -> None:
     weight = expert.readout.weight
     if weight is not None and weight.shape[0] != base.head.vocab_size:
         raise ChassisError(
@@ -306,7 +306,7 @@ def _check_expert(base: Base, expert: Expert) -> None:
         )
 
 
-def _identity(base: Base, expert: Expert, windows: Sequence[Window], layers: tuple[int, ...], options: FitOptions) -> str:
+def _identity(base: Base, expert: AnyExpert, windows: Sequence[Window], layers: tuple[int, ...], options: FitOptions) -> str:
     parts = base.name, base.vocabulary_hash, expert.name, fingerprint(windows), layers, options.positions, options.batch_size
     parts += (expert.width,) if expert.log_probs else ()
     heads = [float(r.weight.double().sum()) for r in (base.readout, expert.readout) if r.weight is not None]

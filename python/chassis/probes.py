@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from chassis.errors import ChassisError
-from chassis.experts import Expert
+from chassis.experts import AnyExpert
 from chassis.files import write_file
 from chassis.models import capture
 from chassis.text.corpus import Document
@@ -146,7 +146,7 @@ class Probe:
     an expert adds to (`experts.ProbabilityExpert`)."""
 
     model: torch.nn.Module
-    expert: Expert
+    expert: AnyExpert
     layers: tuple[int, ...] = ()
     positions: str = "all"
     batch_size: int = 16

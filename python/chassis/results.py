@@ -12,7 +12,7 @@ import transformers
 import chassis
 from chassis.adapter import Adapter
 from chassis.evaluate import Score, Scores, evaluate, passage
-from chassis.experts import Expert, ModelExpert
+from chassis.experts import AnyExpert, ModelExpert
 from chassis.finite import FiniteLogits
 from chassis.fit import Base, FitResult, Progress
 from chassis.port import BASE, Port, attach
@@ -21,7 +21,7 @@ from chassis.routing import least_surprised, parse_route, surprise
 from chassis_kernels import backends
 
 
-def measure(base: Base, expert: Expert, result: FitResult, progress: Progress | None = None) -> Scores:
+def measure(base: Base, expert: AnyExpert, result: FitResult, progress: Progress | None = None) -> Scores:
     """Score every adapter and lens of a fit on its test windows."""
     test = result.windows["test"]
     report = progress or (lambda stage, done, total: None)
@@ -37,7 +37,7 @@ def measure(base: Base, expert: Expert, result: FitResult, progress: Progress | 
 
 
 def summarise(
-    base: Base, expert: Expert, result: FitResult, scores: Scores, prompts: Sequence[str] = (), title: str = "chassis fit"
+    base: Base, expert: AnyExpert, result: FitResult, scores: Scores, prompts: Sequence[str] = (), title: str = "chassis fit"
 ) -> dict:
     """Everything the report shows; KLs in nats per token, sizes in bytes, times in seconds."""
     options_rank = result.adapter.rank
@@ -76,7 +76,7 @@ def summarise(
     }
 
 
-def generations(base: Base, expert: Expert, adapter: Adapter, prompts: Sequence[str], n_tokens: int = 48) -> list[dict]:
+def generations(base: Base, expert: AnyExpert, adapter: Adapter, prompts: Sequence[str], n_tokens: int = 48) -> list[dict]:
     """Greedy continuations of each prompt by the base, the adapted base and, if it is a model, the expert."""
     rows = []
     for prompt in prompts:
