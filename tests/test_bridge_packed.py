@@ -1,10 +1,14 @@
 """Several texts in one row of tokens, with branches: the states are those of each path read by itself."""
 
+from unittest import mock
+
 import pytest
 import torch
 from chassis.bridge.packed import PackedStates, packs
 from chassis.models import final_states
 from chassis.models.forward import forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ARCHITECTURES = {
     "llama": {},
@@ -51,3 +55,24 @@ def test_models_with_an_attention_of_their_own_are_told(tiny_lm):
     assert packs(model) and model.config._attn_implementation == "sdpa"
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: output + output.mean(1, keepdim=True))
     assert not packs(model)  # tokens also mix outside attention
+
+
+@pytest.mark.parametrize("option", ["position_bias", "softcap"])
+def test_attention_that_does_more_is_not_packed(tiny_lm, option):
+    """As in T5 and Gemma 2: a small value, which no comparison of states could tell."""
+    model = tiny_lm("llama")
+    value = {"position_bias": torch.full((1, 1, 8, 8), 1e-9), "softcap": 1e9}[option]
+
+    def with_option(module, args, kwargs):
+        return args, kwargs | {option: value}
+
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(with_option, with_kwargs=True)
+    with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, sdpa=without_softcap):
+        assert not packs(model)
+    hook.remove()
+    assert packs(model)
+
+
+def without_softcap(*args, softcap=None, **options):
+    """transformers' own refuses one."""
+    return sdpa_attention_forward(*args, **options)

@@ -53,7 +53,11 @@ class PackedStates:
             config._attn_implementation = own
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, None]:
-        """Attention [1, n, heads, width] of one layer; query, key and value [1, heads, n, width]."""
+        """Attention [1, n, heads, width] of one layer; query, key and value [1, heads, n, width]. Raises ValueError for
+        attention that does more than these say."""
+        for name in ("softcap", "position_bias"):
+            if options.get(name) is not None:
+                raise ValueError(f"attention with a {name} is not read packed")
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if module.layer_idx not in self._stored:
             # Zeros, since what is masked counts nothing, but must be a number.
