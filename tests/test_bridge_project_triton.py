@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from bridge_project_problems import check, problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import far_apart
-from test_bridge_project import FLOATS, check, problem
+from test_bridge_project import FLOATS
 
 from chassis_kernels import BridgeTable, backends, bridge_project
 
