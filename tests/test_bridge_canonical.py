@@ -2,9 +2,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from bridge_problems import encodings
 from chassis.bridge import Bridge
-from chassis.bridge.canonical import CanonicalMask
+from chassis.bridge.canonical import EMPTY, CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.merges import Merges
 from chassis.bridge.pretokens import FOLLOWING, JOINED, SPLIT, Splits, _before
@@ -74,6 +75,24 @@ def test_lists_for_a_batch():
     lists, places = mask.lists([a, -1, b, a])
     assert places.tolist() == [0, -1, 1, 0] and len(lists) == 2
     assert np.array_equal(lists.tokens[lists.start[1] :].numpy(), mask.blocked_after(b))
+    nothing, places = mask.lists([-1])
+    assert len(nothing) == 0 and places.tolist() == [-1]
+
+
+def test_lists_are_the_same_whichever_of_them_are_kept(monkeypatch):
+    tokens, rng = TokenBytes.from_tokenizer(byte_level()), np.random.default_rng(0)
+    kept, dropped = CanonicalMask(tokens), CanonicalMask(tokens)
+    for _ in range(3):
+        previous = rng.integers(-1, tokens.width, 20)
+        monkeypatch.setattr("chassis.bridge.canonical.LISTED", 16_000_000)
+        lists, places = kept.lists(previous)
+        monkeypatch.setattr("chassis.bridge.canonical.LISTED", 0)
+        others, same = dropped.lists(previous)
+        assert torch.equal(lists.start, others.start) and torch.equal(lists.tokens, others.tokens)
+        assert torch.equal(places, same)
+        for index, place in zip(previous.tolist(), places.tolist(), strict=True):
+            own = lists.tokens[lists.start[place] : lists.start[place + 1]] if place >= 0 else EMPTY
+            assert np.array_equal(own, kept.blocked_after(index) if index >= 0 else EMPTY)
 
 
 def test_pretokenizer_states_tell_all_tokens_apart():

@@ -11,6 +11,7 @@ from chassis.bridge.canonical import CanonicalMask
 from chassis.bridge.leaves import Leaves
 from chassis.bridge.plan import Plan, make_plans
 from chassis.bridge.prefixes import Prefixes
+from chassis.bridge.tree import Tree
 from chassis.bridge.under_way import UnderWay
 from chassis.errors import BridgeError
 from chassis.text.token_bytes import TokenBytes
@@ -136,3 +137,14 @@ def test_a_table_that_does_not_map_every_token_leaves_nothing_out(bridge):
     exact = Bridge.build(bridge.expert, bridge.base, "exact")
     (plan,), (same,) = exact.plans([TEXT]), exact.plans([TEXT], followed=True)
     assert same.options is None and len(same.tree) == len(plan.tree)
+
+
+def test_sums_along_the_paths_of_a_forest():
+    rng, n = np.random.default_rng(0), 300
+    parent = np.array([-1 if i % 100 == 0 else rng.integers(max(i - 4, i // 100 * 100), i) for i in range(n)])
+    values, expected = rng.standard_normal(n), np.zeros(n)
+    values[[7, 150]] = -np.inf
+    for node in range(n):
+        expected[node] = expected[parent[node]] + values[node] if parent[node] >= 0 else 0.0
+    found = Tree(np.zeros(n, dtype=np.int64), parent, np.zeros(n, dtype=np.int64), 0).path_sums(values)
+    assert np.allclose(found, expected, rtol=0, atol=1e-12) and np.isinf(found).sum() > 2

@@ -68,10 +68,7 @@ class States:
         self.lse = log_sums
         tree = plan.tree
         edge = self.log_p(torch.from_numpy(tree.parent), torch.from_numpy(tree.tokens)).double().cpu().numpy()
-        path: list[float] = []
-        for parent, log_p in zip(tree.parent.tolist(), edge.tolist(), strict=True):
-            path.append(path[parent] + log_p if parent >= 0 else 0.0)
-        self.path = np.array(path)  # log P of the tokens that lead to a node
+        self.path = tree.path_sums(edge)  # log P of the tokens that lead to a node
 
     def log_p(self, nodes: Tensor | int, tokens: Tensor) -> Tensor:
         """log P(token | node), elementwise, float32."""

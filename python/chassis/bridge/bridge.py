@@ -205,7 +205,7 @@ class Bridge:
             yield np.arange(len(plan)), found._replace(log_q=mix(found.log_q))
             return
         states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
-        blocked = self.mask.lists(plan.previous.tolist()) if masked else None
+        blocked = self.mask.lists(plan.previous) if masked else None
         if self.asks_base:
             self._check_asked(base_log_probs, len(plan))
             for tile, P in row_probabilities(states, len(self.leaves), len(self.table.ids)):
@@ -240,7 +240,7 @@ class Bridge:
             logits = logits[:, : self.expert.width]
             logits = logits if padding is None else logits.masked_fill(padding.to(logits.device), -torch.inf)
         normalize = self.complete and logits is not None
-        blocked = None if previous is None else self.mask.lists(previous.tolist())
+        blocked = None if previous is None else self.mask.lists(previous.cpu().numpy())
         if self.asks_base:
             given = log_probs if logits is None else logits
             self._check_asked(base_log_probs, len(given))

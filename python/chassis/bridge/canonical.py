@@ -26,7 +26,9 @@ from chassis_kernels import BlockedTokens
 
 OTHERS = FOLLOWING[1:]  # than nothing
 CONTINUATION = range(0x80, 0xC0)
+EMPTY = np.zeros(0, dtype=np.int32)
 CELLS = 4_000_000  # pairs of tokens looked at at once
+LISTED = 16_000_000  # blocked tokens whose lists are kept
 
 
 class CanonicalMask:
@@ -56,6 +58,7 @@ class CanonicalMask:
         self._merges = Merges.read(tokens) if by_merges else None
         self._pretokens = PreTokens(tokens, self.texts) if self._merges and splits is None else None
         self._known: dict[int, np.ndarray] = {}  # packed: most tokens are blocked after most tokens
+        self._lists: dict[int, np.ndarray] = {}
         self._step = max(1, CELLS // tokens.width)
 
     def find_splits(self) -> Splits | None:
@@ -94,22 +97,21 @@ class CanonicalMask:
         packed = np.array([self._known[index] for index in previous])
         return np.unpackbits(packed, axis=1, count=self.tokens.width).view(bool)
 
-    def lists(self, previous: Sequence[int]) -> tuple[BlockedTokens, torch.Tensor]:
+    def lists(self, previous: Sequence[int] | np.ndarray) -> tuple[BlockedTokens, torch.Tensor]:
         """Blocked lists of the tokens in `previous` and which of them each has, [n] int64; -1 (nothing before): none."""
-        needed = {index: place for place, index in enumerate(dict.fromkeys(p for p in previous if p >= 0))}
-        asked, step = list(needed), self._step
-        sizes, parts = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
-        for begin in range(0, len(asked), step):
-            blocked = self.rows(asked[begin : begin + step])
-            place, first = (
-                np.flatnonzero(blocked),
-                np.arange(len(blocked) + 1) * blocked.shape[1],
-            )  # nonzero takes five times as long
-            sizes.append(np.diff(np.searchsorted(place, first)))
-            parts.append((place - np.repeat(first[:-1], sizes[-1])).astype(np.int32))
-        start, tokens = starts(np.concatenate(sizes)), np.concatenate(parts)
-        places = torch.tensor([needed.get(index, -1) for index in previous], dtype=torch.int64)
-        return BlockedTokens(torch.from_numpy(start), torch.from_numpy(tokens), self.tokens.width), places
+        asked, places = np.unique(np.asarray(previous, dtype=np.int64), return_inverse=True)
+        nothing = int(np.searchsorted(asked, 0))
+        asked = asked[nothing:].tolist()
+        if sum(map(len, self._lists.values())) > LISTED:
+            self._lists.clear()
+        missing = [index for index in asked if index not in self._lists]
+        for part in (missing[i : i + self._step] for i in range(0, len(missing), self._step)):
+            row, tokens = np.divmod(np.flatnonzero(self.rows(part)), self.tokens.width)  # nonzero takes five times as long
+            lists = np.split(tokens.astype(np.int32), np.searchsorted(row, np.arange(1, len(part))))
+            self._lists.update(zip(part, lists, strict=True))
+        lists = [self._lists[index] for index in asked]
+        start, tokens = starts(np.array([len(own) for own in lists], dtype=np.int64)), np.concatenate([EMPTY, *lists])
+        return BlockedTokens(*map(torch.from_numpy, (start, tokens)), self.tokens.width), torch.from_numpy(places - nothing)
 
     def _blocked(self, previous: Sequence[int]) -> np.ndarray:
         blocked, ordinary = np.zeros((len(previous), self.tokens.width), dtype=bool), []

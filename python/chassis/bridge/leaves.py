@@ -26,19 +26,10 @@ class Leaves:
         self._sorted = [expert.bytes[index] for index in self.order.tolist()]
         self._first = np.zeros(expert.width + 1, dtype=np.int64)
         self._first[1:] = np.cumsum(np.maximum(expert.lengths - 1, 0))
-        found: dict[bytes, int] = {}
-        rows = np.empty(int(self._first[-1]), dtype=np.int32)
-        place = 0
-        for data in expert.bytes:
-            for cut in range(1, len(data)):
-                rest = data[cut:]
-                row = found.get(rest)
-                if row is None:
-                    row = found[rest] = len(self.strings)
-                    self.strings.append(rest)
-                rows[place] = row
-                place += 1
-        self._rows = rows
+        rests = [data[cut:] for data in expert.bytes for cut in range(1, len(data))]
+        number = {rest: row for row, rest in enumerate(dict.fromkeys(rests), len(self.strings))}
+        self.strings += number
+        self._rows = np.fromiter(map(number.__getitem__, rests), np.int32, len(rests))
         self._under_way: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:

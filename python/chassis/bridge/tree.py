@@ -33,6 +33,16 @@ class Tree:
             node = int(self.parent[node])
         return path[::-1]
 
+    def path_sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums [n_nodes] of `values` [n_nodes] float along the path to each node; 0 at nodes without a parent."""
+        n = len(self)
+        above = np.append(np.where(self.parent < 0, n, self.parent), n)
+        sums = np.append(np.where(self.parent < 0, 0.0, values), 0.0)
+        while (above < n).any():  # the paths summed up double in length
+            sums += sums[above]
+            above = above[above]
+        return sums[:n]
+
 
 class Trees:
     """The trees of several texts while branches are added, their nodes under one numbering: first the trunks, one after the
