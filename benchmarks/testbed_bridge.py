@@ -50,7 +50,7 @@ PARTS = (
     (Reader, "read", "states of the expert"),
     (CanonicalMask, "lists", "what cannot follow"),
     (States, "__init__", "projection"),
-    (apply, "_project", "projection"),
+    (apply, "bridge_project", "projection"),
     (ProbabilityStatistics, "update", "moments"),
     (Probe, "rows", "other"),
 )

@@ -257,12 +257,12 @@ PYBIND11_MODULE(_C, m) {
     auto at = [&](int i) { return pointers[i].cast<uintptr_t>(); };
     auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
     auto output = [&](int i) { return pointer<float>(result[i].cast<uintptr_t>()); };
-    chassis::BridgeProject args{matrix(logits), pointer<float>(at(0)), pointer<int64_t>(at(1)), pointer<float>(at(2)),
-                                pointer<int64_t>(at(3)), pointer<int32_t>(at(4)), pointer<float>(at(5)),
-                                pointer<float>(at(6)), pointer<float>(at(7)), pointer<int64_t>(at(8)),
-                                pointer<int32_t>(at(9)), pointer<int64_t>(at(10)), pointer<int64_t>(at(11)),
-                                pointer<float>(at(12)), size(0), size(1), size(2), size(3), size(4), size(5), temperature,
-                                normalize};
+    chassis::BridgeProject args{matrix(logits), pointer<int64_t>(at(0)), pointer<int64_t>(at(1)), pointer<float>(at(2)),
+                                pointer<float>(at(3)), pointer<int64_t>(at(4)), pointer<int64_t>(at(5)),
+                                pointer<int64_t>(at(6)), pointer<int32_t>(at(7)), pointer<float>(at(8)),
+                                pointer<float>(at(9)), pointer<float>(at(10)), pointer<int64_t>(at(11)),
+                                pointer<int32_t>(at(12)), pointer<int64_t>(at(13)), pointer<float>(at(14)), size(0), size(1),
+                                size(2), size(3), size(4), temperature, normalize};
     chassis::BridgeProjectResult out{output(0), output(1), output(2)};
     DISPATCH(bridge_project(args, out));
   });

@@ -34,9 +34,10 @@ def make_table(rows, v_b, entries=2, n_expert=None, seed=0, unmapped=0.2):
 
 def problem(
     n=5, v_e=50, v_b=40, entries=2, listed=0, dense=True, blocked=False, seed=0,
-    *, extra=3, floor=False, index=False, **options,
+    *, extra=3, floor=False, index=False, several=False, **options,
 ):  # fmt: skip
-    """`listed` log-probabilities a row over residual rows and tokens, at most a third of the whole each way."""
+    """`listed` log-probabilities a row over residual rows and tokens, at most a third of the whole each way. `several`: none
+    to four states a row, and lists of as many lengths."""
     g = torch.Generator().manual_seed(seed)
     table = make_table(v_e + 4, v_b, entries, v_e, seed)
     logits = 3 * torch.randn(n, v_e + extra, generator=g) if dense else None
@@ -49,6 +50,15 @@ def problem(
         options["ids"] = torch.randint(-1, v_e + 4, (n, listed), generator=g)
         if dense:
             options["log_weight"] = -torch.rand(n, generator=g) - math.log(2)
+    if several and dense and n:
+        count = torch.randint(0, 5, (n,), generator=g)
+        options["index_start"] = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        options["index"] = torch.randint(0, n, (int(count.sum()),), generator=g)
+        options["log_weight"] = (3 * torch.randn(len(options["index"]), generator=g) - 5).clamp_max(-2)
+    if several and "ids" in options:
+        kept = torch.rand(n, listed, generator=g) < 0.6
+        options["listed_start"] = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+        options |= {name: options[name][kept] for name in ("log_probs", "ids")}
     if blocked:
         forbidden = torch.rand(4, v_b, generator=g) < torch.tensor([0.0, 0.3, 0.9, 1.0])[:, None]
         start = torch.cat([torch.zeros(1, dtype=torch.int64), forbidden.sum(1).cumsum(0)])
@@ -91,19 +101,21 @@ def check(p):
 def loops(p):
     """q, mass and uncertainty of one problem, term by term."""
     matrix, v_e, options = p.table.dense().double(), p.table.n_expert, p.options
-    n = len(p.logits if p.logits is not None else options["ids"])
+    n = len(options["ids"] if p.logits is None else p.logits)
+    n = len(options.get("index_start", options.get("listed_start", range(n + 1)))) - 1
+    states, listed = (options.get(name, range(n + 1)) for name in ("index_start", "listed_start"))
     q, mass, uncertainty = torch.zeros(n, p.table.n_base, dtype=torch.float64), [0.0] * n, [0.0] * n
     for i in range(n):
         prob = [0.0] * len(matrix)
-        if p.logits is not None:
-            weight = math.exp(options["log_weight"][i]) if "log_weight" in options else 1.0
-            row = int(options["index"][i]) if "index" in options else i
+        for s in range(states[i], states[i + 1]) if p.logits is not None else ():
+            weight = math.exp(options["log_weight"][s]) if "log_weight" in options else 1.0
+            row = int(options["index"][s]) if "index" in options else s
             z = [float(x) / options.get("temperature", 1.0) for x in p.logits[row, :v_e]]
             total = sum(math.exp(x - max(z)) for x in z)
             for t in range(v_e):
                 prob[t] += weight * math.exp(z[t] - max(z)) / total
-        if "ids" in options:
-            for t, log_p in zip(options["ids"][i].tolist(), options["log_probs"][i].tolist(), strict=True):
+        for k in range(listed[i], listed[i + 1]) if "ids" in options else ():
+            for t, log_p in zip(options["ids"][k].flatten(), options["log_probs"][k].flatten(), strict=True):
                 if t >= 0:
                     prob[t] += math.exp(log_p)
         for t, p_t in enumerate(prob):

@@ -26,7 +26,9 @@ def backend(request):
 @pytest.mark.parametrize("listed", [0, 6])
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"blocked": True}, {"blocked": True, "normalize": True, "floor": True, "index": True}], ids=str
+    "options",
+    [{}, {"blocked": True}, {"blocked": True, "normalize": True, "floor": True, "index": True}, {"several": True}],
+    ids=str,
 )
 def test_definition_term_by_term(dense, listed, options):
     p = problem(v_e=13, v_b=11, listed=listed, dense=dense, temperature=1.5 if dense else 1.0, seed=3, **options)
@@ -56,6 +58,7 @@ LAYOUTS = {
     normalize=st.booleans(),
     floor=st.booleans(),
     index=st.booleans(),
+    several=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     layout=st.sampled_from(sorted(LAYOUTS)),
     temperature=st.sampled_from([1.0, 2.0, 0.5]),
@@ -63,9 +66,9 @@ LAYOUTS = {
 )
 @BUDGET
 def test_values(
-    name, n, v_e, v_b, entries, listed, dense, blocked, normalize, floor, index, dtype, layout, temperature, seed
+    name, n, v_e, v_b, entries, listed, dense, blocked, normalize, floor, index, several, dtype, layout, temperature, seed
 ):
-    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index}
+    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index, "several": several}
     p = problem(n, v_e, v_b, entries, listed, dense, blocked, seed, **options).to(dtype)
     if dense:
         p = p._replace(logits=LAYOUTS[layout](p.logits))
@@ -219,6 +222,42 @@ def test_rows_are_read_where_the_index_says(n, backend):
         assert torch.equal(mine, right)
 
 
+def test_lists_of_unequal_length_are_those_padded_with_nothing(backend):
+    p, q = problem(23, listed=6, blocked=True), problem(23, listed=6, blocked=True)
+    kept = q.options["ids"] >= 0
+    q.options["listed_start"] = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    q.options.update({name: q.options[name][kept] for name in ("log_probs", "ids")})
+    for a, b in zip(bridge_project(*p[:2], **p.options), bridge_project(*q[:2], **q.options), strict=True):
+        assert torch.equal(a, b) if backend == "cpu" else torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("n", [2, 30])
+def test_several_states_of_a_row_are_mixed(n, temperature, backend):
+    """Alone, shared, in either order, without weight, all -inf, and none at all."""
+    p = problem(4)
+    p.logits[3] = -torch.inf
+    mixtures = [[(0, 1.0)], [(0, 0.3), (1, 0.7)], [(1, 0.7), (0, 0.3)], [(2, 1e-33), (1, 1.0)], [(3, 0.9), (2, 0.1)], []]
+    mixtures = [mixtures[i % len(mixtures)] for i in range(1, n + 1)]
+    start = torch.tensor([0, *(len(own) for own in mixtures)]).cumsum(0)
+    index, weight = (torch.tensor([state[i] for own in mixtures for state in own]) for i in (0, 1))
+    options = {"temperature": temperature, "index": index, "index_start": start, "log_weight": weight.log()}
+    found = check(p._replace(options=options))
+    each = bridge_project(p.logits, p.table, temperature=temperature)
+    for row, own in enumerate(mixtures):
+        q = sum((w * each.log_q[i].exp() for i, w in own), torch.zeros(40))
+        torch.testing.assert_close(found.log_q[row].exp(), q, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found.mass[row], sum((w * each.mass[i] for i, w in own), torch.tensor(0.0)))
+
+
+def test_a_nan_in_a_further_state_is_not_hidden(backend):
+    p = problem()
+    p.logits[3, 2] = torch.nan
+    states = {"index": torch.tensor([0, 3, 1]), "index_start": torch.tensor([0, 2, 3])}
+    found = bridge_project(p.logits, p.table, **states, log_weight=torch.tensor([-0.1, -3, 0]))
+    assert found.mass.isnan().tolist() == [True, False] and found.log_q[0].isnan().any() and not found.log_q[1].isnan().any()
+
+
 @pytest.mark.parametrize("empty", [{"n": 0}, {"entries": 0}, {"v_b": 1}, {"v_e": 1}, {"dense": False, "listed": 0}], ids=str)
 def test_empty_inputs(empty, backend):
     for blocked in (False, True):
@@ -287,9 +326,8 @@ def test_the_reference_has_gradients_and_the_op_says_so(backend):
     view = (*table.columns[:2], table.weights.double()[torch.argsort(table.ids, stable=True)])
 
     def mapped(z):
-        blocks = (None,) * 5
         log_q, mass, uncertainty = reference.bridge_project(
-            z, None, None, None, *view, table.row_sum.double(), table.spread.double(), *blocks, 9, 1.5, False
+            z, *(None,) * 6, *view, table.row_sum.double(), table.spread.double(), *(None,) * 4, 9, 1.5, False
         )
         return log_q.exp(), mass, uncertainty
 
@@ -299,7 +337,10 @@ def test_the_reference_has_gradients_and_the_op_says_so(backend):
 @pytest.mark.skipif("cpu" not in HAVE, reason="no C++ implementation")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa):
-    rerun_on(isa, __file__, "cpu and (values or wide or infinity or empty or sure or blocked)")
+    rerun_on(isa, __file__, "cpu and (values or wide or infinity or empty or sure or blocked or several)")
+
+
+LISTED = {"log_probs": torch.zeros(3), "ids": torch.arange(3)}
 
 
 def test_what_does_not_fit_is_refused():
@@ -323,6 +364,16 @@ def test_what_does_not_fit_is_refused():
         (logits, {"index": torch.tensor([0, 5])}, "index hold 0 to 5: expected 0..4"),
         (logits, {"index": torch.zeros(5)}, "index is torch.float32"),
         (None, {"log_probs": given["log_probs"], "ids": given["ids"], "index": torch.arange(5)}, "rows of logits"),
+        (logits, {"index_start": torch.arange(6)}, "index_start is .* beside index"),
+        (logits, {"index": torch.arange(5), "index_start": torch.arange(6) / 2}, "index_start is torch.float32"),
+        (logits, {"index": torch.arange(5), "index_start": torch.arange(5)}, "index_start goes from 0 to 4: .* from 0 to 5"),
+        (logits, {"index": torch.arange(5), "index_start": torch.tensor([0, 4, 3, 5])}, "ascend from 0 to 5"),
+        (logits, {"index": torch.arange(5), "index_start": torch.tensor([0, 5]), "previous": torch.arange(5)}, "missing"),
+        (None, {"listed_start": torch.arange(6)}, "neither logits"),
+        (logits, {"listed_start": torch.arange(6)}, "listed_start is .* beside ids"),
+        (None, {"log_probs": given["log_probs"], "ids": given["ids"], "listed_start": torch.arange(6)}, r"both \[L\]"),
+        (logits, LISTED | {"listed_start": torch.arange(4)}, r"both \[L\], and listed_start \[6\]"),
+        (None, LISTED | {"listed_start": torch.tensor([0, 2])}, "listed_start goes from 0 to 2: .* from 0 to 3"),
         (logits, {"floor": torch.zeros(39)}, r"floor is torch.float32 \(39,\): expected floats \[40\]"),
         (logits, {"floor": torch.full((40,), torch.nan)}, "a NaN"),
         (logits, {"floor": torch.ones(40)}, "more than 1 in all"),

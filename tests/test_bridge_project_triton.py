@@ -32,13 +32,14 @@ def on_triton():
     normalize=st.booleans(),
     floor=st.booleans(),
     index=st.booleans(),
+    several=st.booleans(),
     dtype=st.sampled_from(FLOATS),
     temperature=st.sampled_from([1.0, 2.0]),
     seed=st.integers(0, 99),
 )
 @BUDGET
-def test_values(n, v, entries, listed, dense, blocked, normalize, floor, index, dtype, temperature, seed):
-    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index}
+def test_values(n, v, entries, listed, dense, blocked, normalize, floor, index, several, dtype, temperature, seed):
+    options = {"temperature": temperature, "normalize": normalize, "floor": floor, "index": index, "several": several}
     check(problem(n, *v, entries, listed, dense, blocked, seed, **options).to(dtype))
 
 
@@ -56,6 +57,8 @@ def test_listed_parts_of_a_batch(monkeypatch):
 
     monkeypatch.setattr(kernels, "PART", 4)
     check(problem(9, 30, 20, listed=5))
+    check(problem(9, 30, 20, listed=5, several=True))
+    check(problem(8, 30, 20, several=True))
 
 
 def test_minus_infinity_and_large_offsets():

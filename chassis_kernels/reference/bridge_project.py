@@ -1,6 +1,6 @@
 """The expert's next-token probabilities as probabilities of base tokens, through a sparse table M [rows, V_B].
 
-    P = w softmax(z / τ) over the expert's tokens  +  the probabilities listed one by one
+    P = Σ_s w_s softmax(z_s / τ) over the expert's tokens  +  the probabilities listed one by one
     q = Pᵀ M,   mass = Σ_t P(t) Σ_b M[t, b],   u = Σ_t P(t) (1 - max_b M[t, b]) + (1 - Σ_t P(t))
     with blocked tokens: q(b) = 0 for them, and the rest scaled so that Σ_b q(b) = mass again
     with a floor, last:  q(b) := (1 - Σ_b floor(b)) q(b) + floor(b)
@@ -20,9 +20,12 @@ from chassis_kernels.reference.precision import compute_dtype, without_autocast
 @without_autocast
 def bridge_project(
     logits: Tensor,  # [N, >= width], or [any, >= width] with index
-    log_probs: Tensor | None,  # [N, m], with ids; -1: nothing
-    ids: Tensor | None,  # [N, m] int64, rows of M
-    log_weight: Tensor | None,  # [N], log w; None: 0
+    index: Tensor | None,  # [S] int64, which rows of logits are read; None: all, each of them for one row
+    index_start: Tensor | None,  # [N + 1] where those of each row begin; None: one for each
+    log_weight: Tensor | None,  # [S], log w; None: 0
+    log_probs: Tensor | None,  # [L], with ids; -1: nothing
+    ids: Tensor | None,  # [L] int64, rows of M
+    listed_start: Tensor | None,  # [N + 1] where those of each row begin
     start: Tensor,  # [V_B + 1], with rows and weights the table's column view
     rows: Tensor,
     weights: Tensor,
@@ -31,7 +34,6 @@ def bridge_project(
     blocked_start: Tensor | None,  # [lists + 1]
     blocked: Tensor | None,  # [nnz] int32
     previous: Tensor | None,  # [N] int64, which list; -1: none
-    index: Tensor | None,  # [N] int64, which row of logits each row reads; None: its own
     floor: Tensor | None,  # [V_B]
     width: int,
     temperature: float,
@@ -39,10 +41,19 @@ def bridge_project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log q [N, V_B], mass [N] and u [N]. A row whose logits are all -inf has no probability from them."""
     dtype = compute_dtype(logits, log_probs, weights)
-    logits = logits if index is None else logits[index]
-    p, share = expert_probabilities(logits[:, :width].to(dtype), log_probs, ids, log_weight, len(row_sum), temperature)
-    base = torch.repeat_interleave(torch.arange(len(start) - 1, device=start.device), start.diff())
-    q = p.new_zeros(len(p), len(start) - 1).index_add(1, base, p[:, rows] * weights.to(dtype))
+    z = (logits if index is None else logits[index])[:, :width].to(dtype)
+    of = torch.arange(len(z), device=z.device) if index_start is None else rows_of(index_start)
+    n = len(z) if index_start is None else len(index_start) - 1
+    alive = (z != -torch.inf).any(1)
+    share = alive.to(dtype) if log_weight is None else torch.where(alive, log_weight.to(dtype).exp(), 0.0)
+    dense = torch.softmax(torch.where(alive[:, None], z, 0.0) / temperature, 1) * share[:, None]
+    p = torch.nn.functional.pad(z.new_zeros(n, width).index_add(0, of, dense), (0, len(row_sum) - width))
+    share = z.new_zeros(n).index_add(0, of, share)
+    if ids is not None:
+        listed, of = torch.where(ids >= 0, log_probs.to(dtype).exp(), 0.0), rows_of(listed_start)
+        p = p.index_put((of, ids.clamp_min(0)), listed, accumulate=True) if len(row_sum) else p
+        share = share.index_add(0, of, listed)
+    q = p.new_zeros(n, len(start) - 1).index_add(1, rows_of(start), p[:, rows] * weights.to(dtype))
     mass = p @ row_sum.to(dtype)
     uncertainty = p @ spread.to(dtype) + (1 - share).clamp_min(0)
     factor = torch.ones_like(mass)
@@ -62,18 +73,9 @@ def bridge_project(
     return q.log(), mass, uncertainty
 
 
-def expert_probabilities(z, log_probs, ids, log_weight, n_rows, temperature) -> tuple[Tensor, Tensor]:
-    """P [N, n_rows] and Σ P [N], exactly 1 where nothing is listed and w is 1."""
-    alive = (z != -torch.inf).any(1)
-    share = alive.to(z.dtype) if log_weight is None else torch.where(alive, log_weight.to(z.dtype).exp(), 0.0)
-    p = z.new_zeros(len(z), n_rows)
-    dense = torch.softmax(torch.where(alive[:, None], z, 0.0) / temperature, 1)
-    p[:, : z.shape[1]] = dense * share[:, None]
-    if ids is not None:
-        listed = torch.where(ids >= 0, log_probs.to(z.dtype).exp(), 0.0)
-        p = p.scatter_add(1, ids.clamp_min(0), listed) if n_rows else p
-        share = share + listed.sum(1)
-    return p, share
+def rows_of(start: Tensor) -> Tensor:
+    """The row of each place that `start` [N + 1] cuts into rows."""
+    return torch.repeat_interleave(torch.arange(len(start) - 1, device=start.device), start.diff())
 
 
 def blocked_places(start: Tensor, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """An expert's probabilities as probabilities of base tokens, through a sparse table M: two reads of the logits.
 
-    row_sums: per row  top = max z,  scale = w / Σ exp((z - top) / τ),  mass and u of the reference
+    row_sums: per state  top = max z,  scale = w / Σ exp((z - top) / τ),  mass and u of the reference
     gather:   q[n, b] = Σ over the entries (t, M[t, b]) of column b  (exp((z[n, t] - top) / τ) scale + listed[n, t]) M[t, b]
     mask_rows, where tokens are blocked:  q = 0 for them, then log(q mass / Σ q)
 
 Either ends with the floor, where one is given: log((1 - Σ floor) q + floor).
 
-Listed probabilities are first laid out by table row, PART rows of the batch at a time.
+Listed probabilities, and those of further states of a row, are first laid out by table row, PART rows of the batch at a
+time.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import triton
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chassis_kernels import backends
+from chassis_kernels.reference.bridge_project import rows_of
 from chassis_kernels.triton.shared import LOG2E, MINUS_INFINITY, launch
 
 PART = 256
@@ -33,11 +37,12 @@ def log_or_nothing(x):
 
 @triton.jit
 def row_sums(
-    logits,  # [N, >= width]
+    logits,  # [any, >= width]
+    index,  # [S] which of them, or None: all
     row_sum,  # [>= width]
     spread,
-    log_weight,  # [N], or None
-    top,  # [N] and below: written
+    log_weight,  # [S], or None
+    top,  # [S] and below: written
     scale,
     mass,
     uncertainty,
@@ -47,6 +52,7 @@ def row_sums(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    z = logits + (row if index is None else tl.load(index + row)) * stride
     b_top = tl.full([BLOCK], LOWEST, tl.float32)
     b_total = tl.zeros([BLOCK], tl.float32)
     b_mass = tl.zeros([BLOCK], tl.float32)
@@ -54,7 +60,7 @@ def row_sums(
     for first in range(0, width, BLOCK):
         o_t = first + tl.arange(0, BLOCK)
         m_t = o_t < width
-        b_z = tl.load(logits + row * stride + o_t, mask=m_t, other=MINUS_INFINITY).to(tl.float32)
+        b_z = tl.load(z + o_t, mask=m_t, other=MINUS_INFINITY).to(tl.float32)
         b_new = tl.maximum(b_top, b_z)
         b_old = tl.exp2((b_top - b_new) * log2e_over_temperature)
         b_e = tl.exp2((b_z - b_new) * log2e_over_temperature)
@@ -77,7 +83,8 @@ def row_sums(
 
 @triton.jit
 def gather(
-    logits,  # [N, >= width]
+    logits,  # [any, >= width]
+    index,  # [N] which of them, -1 for none; or None: all
     listed,  # [N, n_rows] float32, or None
     top,  # [N]
     scale,
@@ -105,13 +112,15 @@ def gather(
     b_count = tl.load(start + o_b + 1, mask=m_b, other=0) - b_first
     b_top = tl.load(top + o_n, mask=m_n, other=0.0)[:, None]
     b_scale = tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+    b_row = o_n if index is None else tl.load(index + o_n, mask=m_n, other=-1)
+    m_z = m_n & (b_row >= 0)
     b_q = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(0, tl.max(b_count, 0)):
         m_i = i < b_count
         b_t = tl.load(rows + b_first + i, mask=m_i, other=0).to(tl.int64)
         b_w = tl.load(weights + b_first + i, mask=m_i, other=0.0)
-        m_z = m_n[:, None] & (m_i & (b_t < width))[None, :]
-        b_z = tl.load(logits + o_n[:, None] * stride + b_t[None, :], mask=m_z, other=MINUS_INFINITY).to(tl.float32)
+        m_there = m_z[:, None] & (m_i & (b_t < width))[None, :]
+        b_z = tl.load(logits + b_row[:, None] * stride + b_t[None, :], mask=m_there, other=MINUS_INFINITY).to(tl.float32)
         b_p = tl.exp2((b_z - b_top) * log2e_over_temperature) * b_scale
         if listed is not None:
             b_p += tl.load(listed + o_n[:, None] * n_rows + b_t[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
@@ -167,43 +176,60 @@ def mask_rows(
 
 
 def bridge_project(
-    logits, log_probs, ids, log_weight, start, rows, weights, row_sum, spread, blocked_start, blocked, previous, index,
-    floor, width, temperature, normalize,
+    logits, index, index_start, log_weight, log_probs, ids, listed_start, start, rows, weights, row_sum, spread,
+    blocked_start, blocked, previous, floor, width, temperature, normalize,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    logits = logits if index is None else logits.index_select(0, index)
-    logits, n, n_base, n_rows = backends.rows_contiguous(logits), len(logits), len(start) - 1, len(row_sum)
+    logits, n_base, n_rows = backends.rows_contiguous(logits), len(start) - 1, len(row_sum)
+    n_states = len(logits) if index is None else len(index)
+    n = n_states if index_start is None else len(index_start) - 1
     above = 1.0 if floor is None else 1 - float(floor.double().sum())
     floor = {"floor": None if floor is None else floor.float(), "above": above}
     log_q = logits.new_empty(n, n_base, dtype=torch.float32)
-    top, scale, mass, uncertainty = log_q.new_empty(4, n)
-    log2e_over_temperature = LOG2E / temperature
+    top, scale, mass, uncertainty = log_q.new_empty(4, n_states)
     table = {"start": start, "rows": rows, "weights": weights}
-    shape = {"width": width, "stride": logits.stride(0), "log2e_over_temperature": log2e_over_temperature}
+    shape = {"width": width, "stride": logits.stride(0), "log2e_over_temperature": LOG2E / temperature}
     launch(
-        "bridge_project", row_sums, lambda meta: (n,), width,
-        logits=logits, row_sum=row_sum, spread=spread, log_weight=log_weight, top=top, scale=scale, mass=mass,
+        "bridge_project", row_sums, lambda meta: (n_states,), width,
+        logits=logits, index=index, row_sum=row_sum, spread=spread, log_weight=log_weight, top=top, scale=scale, mass=mass,
         uncertainty=uncertainty, **shape,
     )  # fmt: skip
     share = (scale != 0).float() if log_weight is None else torch.where(scale != 0, log_weight.float().exp(), 0.0)
-    if ids is not None:
-        listed = torch.where(ids >= 0, log_probs.float().exp(), 0.0)
-        places = ids.clamp_min(0)
-        share = share + listed.sum(1)
-        if n_rows:
-            mass += (listed * row_sum[places]).sum(1)
-            uncertainty += (listed * spread[places]).sum(1)
+    parts = []  # (the row of each entry, what lays out a stretch of the entries)
+    if index_start is not None:
+        of = rows_of(index_start)
+        mass, uncertainty, share = (x.new_zeros(n).index_add_(0, of, x) for x in (mass, uncertainty, share))
+        later = (torch.arange(n_states, device=of.device) > index_start[of]).nonzero()[:, 0]
+        where, unit, best = (x[later] for x in (index, scale, top))
+
+        def mix(by_row, rows, own):
+            z = logits[where[own], :width].float()
+            by_row[:, :width].index_add_(0, rows, ((z - best[own, None]) / temperature).exp() * unit[own, None])
+
+        parts.append((of[later], mix))
+        first = torch.where(index_start.diff() > 0, index_start[:-1], n_states)
+        index, top, scale = (torch.cat([x, x.new_tensor([none])])[first] for x, none in ((index, -1), (top, 0), (scale, 0)))
+    if ids is not None and n_rows:
+        of, places, p = rows_of(listed_start), ids.clamp_min(0), torch.where(ids >= 0, log_probs.float().exp(), 0.0)
+        share = share.index_add(0, of, p)
+        mass.index_add_(0, of, p * row_sum[places])
+        uncertainty.index_add_(0, of, p * spread[places])
+        parts.append((of, lambda by_row, rows, own: by_row.index_put_((rows, places[own]), p[own], accumulate=True)))
     uncertainty += (1 - share).clamp_min(0)
     factor = torch.where(mass > 0, 1 / mass, 1.0) if normalize else torch.ones_like(mass)
-    part_rows = max(n, 1) if ids is None else PART
-    for first in range(0, n, part_rows):
-        part, m, by_row = slice(first, first + part_rows), min(part_rows, n - first), None
-        if ids is not None:
-            by_row = log_q.new_zeros(m, n_rows).scatter_add_(1, places[part], listed[part])
+    bounds = [*range(0, n, PART if parts else max(n, 1)), n]
+    cuts = [torch.searchsorted(of, torch.tensor(bounds, device=of.device)).tolist() for of, _ in parts]
+    for i, (begin, end) in enumerate(pairwise(bounds)):
+        by_row = log_q.new_zeros(end - begin, n_rows) if parts else None
+        for (of, lay_out), cut in zip(parts, cuts, strict=True):
+            own = slice(cut[i], cut[i + 1])
+            lay_out(by_row, of[own] - begin, own)
+        part = slice(begin, end)
         launch(
             "bridge_project", gather,
-            lambda meta, m=m: (triton.cdiv(n_base, meta["BLOCK"]), triton.cdiv(m, meta["ROWS"])), n_base,
-            logits=logits[part], listed=by_row, top=top[part], scale=scale[part], factor=factor[part], **table, **floor,
-            log_q=log_q[part], n=m, n_rows=n_rows, n_base=n_base, **shape, LOGARITHM=previous is None,
+            lambda meta, m=end - begin: (triton.cdiv(n_base, meta["BLOCK"]), triton.cdiv(m, meta["ROWS"])), n_base,
+            logits=logits if index is not None else logits[part], index=None if index is None else index[part],
+            listed=by_row, top=top[part], scale=scale[part], factor=factor[part], **table, **floor,
+            log_q=log_q[part], n=end - begin, n_rows=n_rows, n_base=n_base, **shape, LOGARITHM=previous is None,
         )  # fmt: skip
     if previous is not None:
         launch(

@@ -1,11 +1,13 @@
 // An expert's probabilities as probabilities of base tokens, through a sparse table M (see reference/bridge_project.py):
 //
-//   P = w softmax(z / tau) + listed probabilities    q = P^T M    mass = sum_t P(t) row_sum(t)    u = sum_t P(t) spread(t)
+//   P = sum_s w_s softmax(z_s / tau) + listed probabilities
+//   q = P^T M    mass = sum_t P(t) row_sum(t)    u = sum_t P(t) spread(t)
 //
 // and last, where a floor is given, q := (1 - sum_b floor(b)) q + floor.
 //
 // A thread takes kLanes rows at a time and keeps their exponentials by expert token, e[t][row]: one entry (t, weight) of a
 // base token is then one load and one product for all of the rows. Below kLanes / 4 rows they are taken one by one, e[t].
+// Of several states of a row, the one with the most weight is read so; those of the others are added one by one.
 #include "cpu/gemm.h"
 #include "cpu/logit_rows.h"
 
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;      // tokens whose exponentials wait in L1 to be transposed
 constexpr int64_t kAhead = 32;       // entries between a prefetch and its use
-constexpr float kNoWeight = 1e-30f;  // a share of the logits below this counts as none
+constexpr float kNoWeight = 1e-30f;  // a state with a share below this counts as none
 
 // log(x), and -inf below the smallest normal number.
 inline vf log_or_nothing(vf x) {
@@ -51,7 +53,7 @@ class Rows {
   void run(int64_t row, int64_t n) {
     first = row, count = n;
     read_logits();
-    for (int64_t r = 0; r < count; ++r) add_listed(r);
+    for (int64_t r = 0; r < count; ++r) add_states(r), add_listed(r);
     bool masked = false;
     for (int64_t r = 0; in.previous && r < count; ++r) masked |= in.previous[first + r] >= 0;
     for (int64_t r = 0; r < count; ++r) factor[r] = in.normalize && sums[r].mass > 0 ? float(1 / sums[r].mass) : 1.0f;
@@ -61,8 +63,8 @@ class Rows {
       if (masked) in.floor ? mask<true>(r) : mask<false>(r);
       out.mass[first + r] = float(sums[r].mass);
       out.uncertainty[first + r] = float(sums[r].spread + std::max(0.0, 1 - sums[r].total));
-      for (int64_t i = 0; i < in.listed; ++i)
-        if (const int64_t t = id(r, i); t >= 0) e[t * R + r] = 0;
+      for (int64_t i = listed(r); i < listed(r + 1); ++i)
+        if (const int64_t t = in.ids[i]; t >= 0) e[t * R + r] = 0;
     }
   }
 
@@ -72,13 +74,29 @@ class Rows {
   const int64_t padded;
   Buffer e;  // [expert tokens and further rows of M][R], to be multiplied with scale[row]
   float chunk[R * kChunk];
+  std::vector<float> further;  // exponentials of a row's further state
   float above;  // the share that a floor leaves to q
   float scale[R], factor[R];
   Sums sums[R];
+  int64_t leading[R];  // the state of each row that weighs most, -1: none
   int64_t first, count;
 
   template <class T>
-  const T* line(const T* z, int64_t r) const { return z + (in.index ? in.index[first + r] : first + r) * in.logits.stride; }
+  const T* line(const T* z, int64_t s) const { return z + (in.index ? in.index[s] : s) * in.logits.stride; }
+
+  double weight(int64_t s) const { return in.log_weight ? std::exp(double(in.log_weight[s])) : 1.0; }
+
+  // Where the states and the listed probabilities of a row begin; those of the next one end them.
+  int64_t states(int64_t r) const { return in.index_start ? in.index_start[first + r] : first + r; }
+  int64_t listed(int64_t r) const { return in.listed_start ? in.listed_start[first + r] : 0; }
+
+  int64_t heaviest(int64_t r) const {
+    int64_t best = -1;
+    double most = kNoWeight;
+    for (int64_t s = states(r); s < states(r + 1); ++s)
+      if (const double w = weight(s); !(w < most)) most = w, best = s;
+    return best;
+  }
 
   // log q of q by token, with the floor in it; `value` is q times its factor.
   template <bool floor>
@@ -87,29 +105,46 @@ class Rows {
     return log_or_nothing(value);
   }
 
-  int64_t id(int64_t r, int64_t i) const { return in.ids[(first + r) * in.listed + i]; }
-
   void read_logits() {
     float top[R];
     for (int r = 0; r < R; ++r) {
       sums[r] = {}, scale[r] = 1, factor[r] = 1, top[r] = -kInf;
-      const bool there = r < count && !(in.log_weight && std::exp(in.log_weight[first + r]) < kNoWeight);
-      if (there) with_type(in.logits, [&](auto* z) { top[r] = row_max(line(z, r), in.width); });
+      leading[r] = r < count ? heaviest(r) : -1;
+      if (leading[r] >= 0) with_type(in.logits, [&](auto* z) { top[r] = row_max(line(z, leading[r]), in.width); });
     }
     for (int64_t t = 0; t < in.width; t += kChunk) {
       for (int r = 0; r < R; ++r) {
         float* x = R == 1 ? e.get() + t : chunk + r * kChunk;
         if (top[r] == -kInf) std::fill(x, x + kChunk, 0.0f);
-        else with_type(in.logits, [&](auto* z) { read(line(z, r), t, top[r], x, sums[r]); });
+        else with_type(in.logits, [&](auto* z) { read(line(z, leading[r]), t, top[r], x, sums[r]); });
       }
       if (R > 1) by_token(e.get() + t * R, std::min(kChunk, in.n_rows - t));
     }
     for (int r = 0; r < R; ++r) {
       if (top[r] == -kInf) continue;
-      const double weight = in.log_weight ? std::exp(double(in.log_weight[first + r])) : 1.0, unit = weight / sums[r].total;
+      const double share = weight(leading[r]), unit = share / sums[r].total;
       scale[r] = float(unit);
-      sums[r] = {weight, sums[r].mass * unit, sums[r].spread * unit};
+      sums[r] = {share, sums[r].mass * unit, sums[r].spread * unit};
     }
+  }
+
+  // The states of a row beside the leading one.
+  void add_states(int64_t r) {
+    for (int64_t s = states(r); in.index_start && s < states(r + 1); ++s)
+      if (s != leading[r] && !(weight(s) < kNoWeight)) with_type(in.logits, [&](auto* z) { add_state(line(z, s), r, weight(s)); });
+  }
+
+  template <class T>
+  void add_state(const T* z, int64_t r, double share) {
+    const float top = row_max(z, in.width);
+    if (top == -kInf) return;
+    further.resize(padded);
+    Sums own;
+    for (int64_t t = 0; t < in.width; t += kChunk) read(z, t, top, further.data() + t, own);
+    const double unit = share / own.total;
+    const float factor = float(unit / scale[r]);
+    for (int64_t t = 0; t < in.width; ++t) e[t * R + r] += further[t] * factor;
+    sums[r].total += share, sums[r].mass += own.mass * unit, sums[r].spread += own.spread * unit;
   }
 
   // exp((z - top) / tau) of a chunk of tokens, zeros past the width.
@@ -144,10 +179,10 @@ class Rows {
   }
 
   void add_listed(int64_t r) {
-    for (int64_t i = 0; i < in.listed; ++i) {
-      const int64_t t = id(r, i);
+    for (int64_t i = listed(r); i < listed(r + 1); ++i) {
+      const int64_t t = in.ids[i];
       if (t < 0) continue;
-      const double p = std::exp(double(in.log_probs[(first + r) * in.listed + i]));
+      const double p = std::exp(double(in.log_probs[i]));
       e[t * R + r] += float(p / scale[r]);
       sums[r].total += p, sums[r].mass += p * in.row_sum[t], sums[r].spread += p * in.spread[t];
     }

@@ -131,23 +131,23 @@ struct GoldKLResult {
   Matrix grad;
 };
 
-// The table by base token (start [n_base + 1], rows, weights) and by row (row_sum, spread); logits [N, >= width] for its
-// first rows, and `listed` further (log_probs, ids) a row, -1 none, with log_weight [N] for the logits; which list of blocked
-// base tokens holds for each row, -1 none. ids, log_weight and previous may be null.
-// `count` rows; row n reads logits[index[n]] (null: logits[n]). `floor` [n_base] may be null.
+// `count` rows. Row n reads logits[index[s]] with weight exp(log_weight[s]) for the states s of index_start[n] ..
+// index_start[n + 1] (null: for s = n alone; index null: logits[s]; log_weight null: 1), of their first `width` columns, which
+// are the table's first rows, and has the probabilities exp(log_probs[i]) of the table's rows ids[i] (-1: none) for the i of
+// listed_start[n] .. listed_start[n + 1] (null: none). The table by base token (start [n_base + 1], rows, weights) and by row
+// (row_sum, spread). Which list of blocked base tokens holds for each row, -1 none; null: no lists. `floor` [n_base] may be null.
 struct BridgeProject {
   Matrix logits;
-  const float* log_probs;
-  const int64_t* ids;
-  const float* log_weight;
-  const int64_t* start;
+  const int64_t *index, *index_start;
+  const float *log_weight, *log_probs;
+  const int64_t *ids, *listed_start, *start;
   const int32_t* rows;
   const float *weights, *row_sum, *spread;
   const int64_t* blocked_start;
   const int32_t* blocked;
-  const int64_t *previous, *index;
+  const int64_t* previous;
   const float* floor;
-  int64_t count, entries, n_rows, n_base, listed, width;
+  int64_t count, entries, n_rows, n_base, width;
   float temperature;
   bool normalize;
 };

@@ -32,9 +32,12 @@ TYPES = {
 _PLAIN = {"labels": None, "tail": False}
 _DIVERGENCES = [_PLAIN | {"divergence": code} for code in (0, 1)]  # examples have the third, with a tail
 _TOKENS = [{"reverse": True}, {"columns": None, "keep": None, "reverse": True}]
+_MASK = ("blocked_start", "blocked", "previous")
 _HEADS = [dict.fromkeys(("W_b", "bias_a", "bias_b", "c", "softcap_a"))]
 OTHERWISE = {
-    "bridge_project": [dict.fromkeys(("log_probs", "ids", "log_weight", "blocked_start", "blocked", "previous", "floor"))],
+    "bridge_project": [
+        dict.fromkeys(("index", "index_start", "log_weight", "log_probs", "ids", "listed_start", *_MASK, "floor")),
+    ],
     "delta_logits_": [dict.fromkeys(("bias", "mean", "cols", "adapter_id"))],
     "linear_kl": _HEADS,
     "linear_kl_backward": _HEADS,

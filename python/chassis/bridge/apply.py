@@ -24,8 +24,7 @@ from chassis.bridge.under_way import UnderWay
 from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
 
-LISTED = 4_000_000  # entries of the padded lists of a chunk, at most
-ROWS = 256  # of a chunk
+CELLS = 16_000_000  # of a tile of log q
 
 
 class Mixture(NamedTuple):
@@ -35,6 +34,17 @@ class Mixture(NamedTuple):
     shares: np.ndarray  # [c] their log shares
     logs: np.ndarray  # [m] log-probabilities of the tokens under way
     rows: np.ndarray  # [m] rows of their residuals
+
+
+class Tile(NamedTuple):
+    """The mixtures of positions [n] as tensors."""
+
+    nodes: Tensor  # [c] complete states
+    shares: Tensor  # [c] float32, their log shares
+    nodes_start: Tensor  # [n + 1] where those of each position begin
+    logs: Tensor  # [m] float32, log-probabilities of the tokens under way
+    rows: Tensor  # [m] rows of their residuals
+    listed_start: Tensor  # [n + 1]
 
 
 class Mixtures(NamedTuple):
@@ -97,71 +107,39 @@ class States:
             everything.complete[complete], everything.shares[complete], everything.logs[listed], everything.rows[listed]
         )
 
-    @cached_property
-    def n_complete(self) -> np.ndarray:
-        """How many complete states each position has, [positions]."""
-        return np.diff(self.mixtures.complete_start)
-
-    def nodes(self, positions: np.ndarray) -> Tensor:
-        """The first of the complete states [n] of positions; 0 where there is none."""
-        everything, start, _ = self.mixtures
-        nodes = np.where(self.n_complete[positions] > 0, np.append(everything.complete, 0)[start[positions]], 0)
-        return torch.from_numpy(nodes).to(self.logits.device)
-
-    @cached_property
-    def shares(self) -> Tensor:
-        """Log shares [positions] float32 of their complete states together."""
-        everything, start, _ = self.mixtures
-        return torch.from_numpy(log_totals(everything.shares, start)).float().to(self.logits.device)
-
-    def rows(self, positions: np.ndarray) -> Tensor:
-        """Logits [n, V_E] of the complete states, several of a position mixed into one row."""
-        everything, start, _ = self.mixtures
-        first, n = start[positions], self.n_complete[positions]
-        logits = self.logits.index_select(0, self.nodes(positions))
-        for several in np.unique(n[n > 1]).tolist():
-            mixed = np.flatnonzero(n == several)
-            place = first[mixed, None] + np.arange(several)
-            states = torch.from_numpy(everything.complete[place]).to(logits.device)
-            weights = torch.from_numpy(everything.shares[place]).float().to(logits.device) - self.lse[states]
-            log_p = self.logits.index_select(0, states.flatten()).unflatten(0, states.shape).float() / self.temperature
-            log_p += weights[:, :, None]
-            mixed = torch.from_numpy(mixed).to(logits.device)
-            logits[mixed] = (log_p.logsumexp(1) * self.temperature).to(logits.dtype)
-        return logits
+    def tile(self, of: slice) -> Tile:
+        """The mixtures of the positions `of`."""
+        everything, *starts = self.mixtures
+        cuts = [start[of.start : of.stop + 1] for start in starts]
+        (complete, listed), (*bounds,) = (slice(cut[0], cut[-1]) for cut in cuts), (cut - cut[0] for cut in cuts)
+        nodes, shares = everything.complete[complete], everything.shares[complete].astype(np.float32)
+        logs, rows = everything.logs[listed].astype(np.float32), everything.rows[listed]
+        parts = nodes, shares, bounds[0], logs, rows, bounds[1]
+        return Tile(*(torch.from_numpy(part).to(self.logits.device) for part in parts))
 
 
-def project_positions(
-    states: States,
-    table: BridgeTable,
-    positions: np.ndarray,
-    blocked: tuple[BlockedTokens, Tensor] | None,
-    normalize: bool,
-    floor: Tensor | None,
-) -> Iterator[tuple[np.ndarray, Bridged]]:
-    """(positions, what `bridge_project` gives for them) in chunks of bounded size; each position once, in any order."""
-    several = states.n_complete[positions] > 1
-    for group in (positions[~several], positions[several]):
-        width = np.diff(states.mixtures.start)[group]
-        order = np.argsort(width, kind="stable")
-        group, width = group[order], width[order]
-        while len(group):
-            fits = np.arange(min(len(group), ROWS)) * width[:ROWS] <= LISTED
-            chunk, group, width = group[: fits.sum()], group[fits.sum() :], width[fits.sum() :]
-            yield chunk, _project(states, table, chunk, blocked, normalize, floor)
-
-
-def _project(states: States, table: BridgeTable, chunk: np.ndarray, blocked, normalize: bool, floor) -> Bridged:
-    """The one place where rows meet the kernel."""
-    everything, _, start = states.mixtures
-    place = start[chunk, None] + np.arange(np.diff(start)[chunk].max())
-    there = place < start[chunk + 1, None]
-    log_probs, ids = np.full(place.shape, -np.inf, dtype=np.float32), np.full(place.shape, -1, dtype=np.int64)
-    log_probs[there], ids[there] = everything.logs[place[there]], everything.rows[place[there]]
-    several = states.n_complete[chunk].max() > 1
-    logits, index = (states.rows(chunk), None) if several else (states.logits, states.nodes(chunk))
-    listed = torch.from_numpy(log_probs).to(logits.device), torch.from_numpy(ids).to(logits.device)
-    options = {"log_probs": listed[0], "ids": listed[1], "log_weight": states.shares[chunk], "index": index, "floor": floor}
-    if blocked is not None:
-        options |= {"blocked": blocked[0], "previous": blocked[1][torch.from_numpy(chunk)].to(logits.device)}
-    return bridge_project(logits, table, temperature=states.temperature, normalize=normalize, **options)
+def project(
+    states: States, table: BridgeTable, blocked: tuple[BlockedTokens, Tensor] | None, normalize: bool, floor: Tensor | None
+) -> Iterator[tuple[slice, Bridged]]:
+    """(positions, what `bridge_project` gives for them) in tiles of bounded size, in order."""
+    step = max(1, CELLS // table.n_base)
+    for begin in range(0, len(states.plan), step):
+        of = slice(begin, min(begin + step, len(states.plan)))
+        tile, masked = states.tile(of), {}
+        if blocked is not None:
+            masked = {"blocked": blocked[0], "previous": blocked[1][of].to(states.logits.device)}
+        found = bridge_project(
+            states.logits,
+            table,
+            index=tile.nodes,
+            index_start=tile.nodes_start,
+            log_weight=tile.shares,
+            log_probs=tile.logs,
+            ids=tile.rows,
+            listed_start=tile.listed_start,
+            floor=floor,
+            temperature=states.temperature,
+            normalize=normalize,
+            **masked,
+        )
+        yield of, found

@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from chassis.bridge import jeffrey
-from chassis.bridge.apply import States, project_positions
+from chassis.bridge.apply import States, project
 from chassis.bridge.canonical import OTHERS, CanonicalMask
 from chassis.bridge.counting import count, joint_text
 from chassis.bridge.leaves import Leaves
@@ -46,7 +46,6 @@ from chassis.text.samples import SAMPLES
 from chassis.text.token_bytes import TokenBytes
 from chassis_kernels import BridgeTable, bridge_project
 from chassis_kernels.bridge_project import Bridged
-from chassis_kernels.reference.bridge_project import expert_probabilities
 
 COUNTED = ("counted", "jeffrey_counted")  # methods that need text
 FORMAT = "chassis.bridge"
@@ -178,9 +177,8 @@ class Bridge:
         tiles = self.tiles(plan, logits, base_log_probs, log_sums, masked=masked, temperature=temperature)
         log_q = torch.empty(len(plan), self.base.width, device=logits.device)
         mass, uncertainty = log_q.new_empty(len(plan)), log_q.new_empty(len(plan))
-        for positions, part in tiles:
-            rows = torch.from_numpy(positions).to(logits.device)
-            log_q[rows], mass[rows], uncertainty[rows] = part.log_q, part.mass, part.uncertainty
+        for of, part in tiles:
+            log_q[of], mass[of], uncertainty[of] = part.log_q, part.mass, part.uncertainty
         return Bridged(log_q, mass, uncertainty)
 
     def tiles(
@@ -193,16 +191,16 @@ class Bridge:
         masked: bool = True,
         temperature: float = 1.0,
         floored: bool = False,
-    ) -> Iterator[tuple[np.ndarray, Bridged]]:
-        """What `apply` gives, (positions [m], of them) at a time; each position once, in any order. Raises as it does.
-        `floored`: log q is what `self.floored` makes of it."""
+    ) -> Iterator[tuple[slice, Bridged]]:
+        """What `apply` gives, (positions, of them) at a time, in order. Raises as it does. `floored`: log q is what
+        `self.floored` makes of it."""
         mix = self.floored if floored else lambda log_q: log_q
         self._check_logits(logits, len(plan.tree))
         if plan.options is not None and not masked:
             raise BridgeError("this plan leaves out what is blocked (plans(followed=True)): make another for masked=False")
         if self.identical:
             found = self._same(logits[torch.from_numpy(plan.ended)], temperature)
-            yield np.arange(len(plan)), found._replace(log_q=mix(found.log_q))
+            yield slice(0, len(plan)), found._replace(log_q=mix(found.log_q))
             return
         states = States(plan, logits, self.under_way, self.padding, temperature, log_sums)
         blocked = self.mask.lists(plan.previous) if masked else None
@@ -211,13 +209,12 @@ class Bridge:
             for tile, P in row_probabilities(states, len(self.leaves), len(self.table.ids)):
                 lists = None if blocked is None else (blocked[0], blocked[1][tile])
                 found = jeffrey.weigh(P, self.table, base_log_probs[tile], lists, normalize=True)
-                positions = np.arange(tile.start, tile.stop)
-                found = self._with_unknown(plan, positions, found)
-                yield positions, found._replace(log_q=mix(found.log_q))
+                found = self._with_unknown(plan, tile, found)
+                yield tile, found._replace(log_q=mix(found.log_q))
             return
         floor = self.floor.to(logits.device) if floored else None
-        for positions, part in project_positions(states, self.table, np.arange(len(plan)), blocked, self.complete, floor):
-            yield positions, self._with_unknown(plan, positions, part)
+        for tile, part in project(states, self.table, blocked, self.complete, floor):
+            yield tile, self._with_unknown(plan, tile, part)
 
     def project(
         self,
@@ -244,8 +241,11 @@ class Bridge:
         if self.asks_base:
             given = log_probs if logits is None else logits
             self._check_asked(base_log_probs, len(given))
-            z = given.new_zeros(len(given), 0) if logits is None else logits
-            P, _ = expert_probabilities(z.float(), log_probs, ids, None, len(self.leaves), temperature)
+            P = torch.zeros(len(given), len(self.leaves), device=given.device)
+            if logits is None:
+                P.scatter_add_(1, ids.clamp_min(0), torch.where(ids >= 0, log_probs.float().exp(), 0.0))
+            else:
+                P[:, : logits.shape[1]] = torch.softmax(logits.float() / temperature, 1)
             return jeffrey.weigh(P, self.table, base_log_probs, blocked, normalize=normalize)
         options = {} if blocked is None else {"blocked": blocked[0], "previous": blocked[1]}
         return bridge_project(
@@ -355,10 +355,9 @@ class Bridge:
         padding = torch.tensor([role == "padding" for role in self.expert.role_of])
         return padding if padding.any() else None
 
-    def _with_unknown(self, plan: Plan, positions: np.ndarray, result: Bridged) -> Bridged:
+    def _with_unknown(self, plan: Plan, tile: slice, result: Bridged) -> Bridged:
         """`result` with the base's unigram distribution where the plan has no state of the expert."""
-        first = plan.ended_start + plan.begun_start
-        unknown = np.flatnonzero(first[positions] == first[positions + 1])
+        unknown = np.flatnonzero(np.diff(plan.ended_start + plan.begun_start)[tile] == 0)
         if len(unknown):
             result.log_q[unknown] = self.unigram.log().to(result.log_q)
             result.mass[unknown], result.uncertainty[unknown] = 0.0, 1.0

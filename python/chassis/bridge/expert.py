@@ -103,8 +103,7 @@ class BridgedExpert:
             following.append(number[number < len(plan)])
         said = np.zeros(input_ids.numel(), dtype=bool)
         said[np.concatenate(places)] = True
-        row_of, silent = said.cumsum() - 1, np.ones(int(said.sum()), dtype=bool)
-        out = pages.empty((len(silent), self.bridge.base.width), torch.float32, device)
+        row_of, silent, out = said.cumsum() - 1, np.ones(int(said.sum()), dtype=bool), None
         for group in self._groups(plans):
             begin = starts([len(plans[row]) for row in group])
             source = np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)])
@@ -121,6 +120,10 @@ class BridgedExpert:
                 into = row_of[place[order[taken]]]
                 q = q if np.array_equal(of, np.arange(len(q))) else q[torch.from_numpy(of)]
                 silent[into] = False
+                if np.array_equal(into, np.arange(len(silent))):
+                    out = q.to(device)
+                    break  # all at once, and in order
+                out = pages.empty((len(silent), q.shape[1]), torch.float32, device) if out is None else out
                 out.index_copy_(0, torch.from_numpy(into).to(device), q.to(device))
         if silent.any():
             said[np.flatnonzero(said)[silent]] = False
@@ -133,8 +136,8 @@ class BridgedExpert:
             positions, part = self._aligned(plans[0], read.logits)
             yield positions, self.bridge.floored(part.log_q)
             return
-        for positions, part in self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums, floored=True):
-            yield positions, part.log_q
+        for of, part in self.bridge.tiles(read.plan, read.logits, log_sums=read.log_sums, floored=True):
+            yield np.arange(of.start, of.stop), part.log_q
 
     def _groups(self, plans: Sequence[Plan]) -> Iterator[list[int]]:
         """Texts that are read at once: CELLS logits, trees of like numbers of branches, which attention pads to the most."""
@@ -142,10 +145,10 @@ class BridgedExpert:
         for row in sorted(range(len(plans)), key=lambda row: len(plans[row].tree) - plans[row].tree.n_trunk):
             cells = (len(group) + 1) * len(plans[row].tree) * self.bridge.expert.width
             if group and (cells > CELLS or self.aligned_only):
-                yield group
+                yield sorted(group)
                 group = []
             group.append(row)
-        yield group
+        yield sorted(group)
 
     def _aligned(self, plan: Plan, logits: torch.Tensor) -> tuple[np.ndarray, Bridged]:
         """The base positions at which a token of the expert ends, read off the whole text, and q as if that were known."""
