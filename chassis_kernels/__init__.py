@@ -11,6 +11,7 @@ from chassis_kernels.gold_kl import gold_kl
 from chassis_kernels.linear_cka import StreamingCKA, linear_cka
 from chassis_kernels.linear_kl import Delta, LinearKLStats, linear_kl, mean_probabilities
 from chassis_kernels.linear_projection_kl import LinearProjectionKLStats, linear_projection_kl
+from chassis_kernels.log_sums import log_sums
 from chassis_kernels.moments import Moments, moments_update_, update_layers
 from chassis_kernels.parallel.groups import Parallel
 from chassis_kernels.projection_kl import ProjectionKLStats, projection_kl
@@ -64,6 +65,7 @@ __all__ = [
     "linear_cka",
     "linear_kl",
     "linear_projection_kl",
+    "log_sums",
     "mean_probabilities",
     "moments_update_",
     "procrustes",

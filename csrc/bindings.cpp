@@ -266,4 +266,8 @@ PYBIND11_MODULE(_C, m) {
     chassis::BridgeProjectResult out{output(0), output(1), output(2)};
     DISPATCH(bridge_project(args, out));
   });
+  m.def("log_sums", [](const py::object& logits, float temperature, uintptr_t out) {
+    chassis::Matrix args = matrix(logits);
+    DISPATCH(log_sums(args, temperature, pointer<float>(out)));
+  });
 }

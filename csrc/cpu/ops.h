@@ -171,7 +171,8 @@ struct BridgeProjectResult { float *log_q, *mass, *uncertainty; };
   void top_columns(const Matrix& logits, const uint8_t* keep, int64_t k, int64_t* out);                          \
   void token_kl(const TokenKL& args, const TokenKLResult& out);                                                  \
   void gold_kl(const GoldKL& args, const GoldKLResult& out);                                                     \
-  void bridge_project(const BridgeProject& args, const BridgeProjectResult& out);
+  void bridge_project(const BridgeProject& args, const BridgeProjectResult& out);                                \
+  void log_sums(const Matrix& logits, float temperature, float* out);
 
 #ifdef CHASSIS_HAVE_AVX512
 namespace avx512 { CHASSIS_DECLARE_OPS }

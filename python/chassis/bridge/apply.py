@@ -21,7 +21,7 @@ from torch import Tensor
 from chassis.bridge.plan import Plan
 from chassis.bridge.stretches import log_totals, starts
 from chassis.bridge.under_way import UnderWay
-from chassis_kernels import BlockedTokens, BridgeTable, bridge_project
+from chassis_kernels import BlockedTokens, BridgeTable, bridge_project, log_sums
 from chassis_kernels.bridge_project import Bridged
 
 CELLS = 16_000_000  # of a tile of log q
@@ -56,7 +56,7 @@ class Mixtures(NamedTuple):
 
 
 class States:
-    """Logits [n_nodes, >= V_E] at the nodes of a plan's tree, with log P of the token that leads to each node. `log_sums`
+    """Logits [n_nodes, >= V_E] at the nodes of a plan's tree, with log P of the token that leads to each node. `known_sums`
     [n_nodes]: log Σ exp of all logits, of use where all of them are of tokens."""
 
     def __init__(
@@ -66,16 +66,14 @@ class States:
         under_way: UnderWay,
         padding: Tensor | None,
         temperature: float = 1.0,
-        log_sums: Tensor | None = None,
+        known_sums: Tensor | None = None,
     ) -> None:
         self.plan, self.under_way, self.temperature = plan, under_way, temperature
         self.logits = logits[:, : under_way.leaves.n_expert]
         if padding is not None:
             self.logits = self.logits.masked_fill(padding.to(logits.device), -torch.inf)
-        if log_sums is None or padding is not None or temperature != 1 or logits.shape[1] > self.logits.shape[1]:
-            parts = (part.float() for part in self.logits.split(64))
-            log_sums = torch.cat([(part if temperature == 1 else part / temperature).logsumexp(1) for part in parts])
-        self.lse = log_sums
+        of_tokens = padding is None and temperature == 1 and logits.shape == self.logits.shape
+        self.lse = known_sums if of_tokens and known_sums is not None else log_sums(self.logits, temperature)
         tree = plan.tree
         edge = self.log_p(torch.from_numpy(tree.parent), torch.from_numpy(tree.tokens)).double().cpu().numpy()
         self.path = tree.path_sums(edge)  # log P of the tokens that lead to a node
@@ -110,12 +108,17 @@ class States:
     def tile(self, of: slice) -> Tile:
         """The mixtures of the positions `of`."""
         everything, *starts = self.mixtures
-        cuts = [start[of.start : of.stop + 1] for start in starts]
-        (complete, listed), (*bounds,) = (slice(cut[0], cut[-1]) for cut in cuts), (cut - cut[0] for cut in cuts)
-        nodes, shares = everything.complete[complete], everything.shares[complete].astype(np.float32)
-        logs, rows = everything.logs[listed].astype(np.float32), everything.rows[listed]
-        parts = nodes, shares, bounds[0], logs, rows, bounds[1]
-        return Tile(*(torch.from_numpy(part).to(self.logits.device) for part in parts))
+        nodes_start, listed_start = (start[of.start : of.stop + 1] for start in starts)
+        complete, listed = (slice(start[0], start[-1]) for start in (nodes_start, listed_start))
+        tile = Tile(
+            nodes=everything.complete[complete],
+            shares=everything.shares[complete].astype(np.float32),
+            nodes_start=nodes_start - complete.start,
+            logs=everything.logs[listed].astype(np.float32),
+            rows=everything.rows[listed],
+            listed_start=listed_start - listed.start,
+        )
+        return Tile(*(torch.from_numpy(part).to(self.logits.device) for part in tile))
 
 
 def project(

@@ -31,13 +31,12 @@ from chassis.bridge.states import tree_states
 from chassis.bridge.stretches import log_totals, starts
 from chassis.bridge.tree import Tree
 from chassis.models import inspect_head
-from chassis_kernels import pages
+from chassis_kernels import log_sums, pages
 
 if TYPE_CHECKING:  # it plans what is read
     from chassis.bridge.bridge import Bridge
 
 LONGEST = 4096  # states of a tree that is read together with others
-TILE = 128  # rows of logits that stay in the cache while they are summed
 SELDOM = 0.3  # of all tokens that begin with the bytes at hand, m of n that can follow: taken for 0.3 m / n likely
 FURTHER = 0.2  # a further token on the way to a position: taken for this likely; a token under way behind it once more
 
@@ -69,8 +68,7 @@ class Reader:
             parts = [tree_states(self.model, plan.tree, self.start) for plan in plans]
             logits = torch.cat([part for part, _ in parts])
             trunks = torch.cat([hidden[: plan.tree.n_trunk + 1] for (_, hidden), plan in zip(parts, plans, strict=True)])
-            log_sums = torch.cat([part.float().logsumexp(1) for part in logits.split(TILE)])
-            return Read(Plan.join(plans), logits, log_sums, trunks)
+            return Read(Plan.join(plans), logits, log_sums(logits), trunks)
         forest = _Forest(self, plans)
         trunks = forest.read(np.flatnonzero(forest.rank == 0))
         if share and forest.rank.any():
@@ -121,7 +119,7 @@ class _Forest:
         ids, depth = torch.from_numpy(tree.tokens[nodes]), torch.from_numpy(tree.depth[nodes])
         hidden = self.states.run(ids.where(ids >= 0, self.expert.start), depth, torch.from_numpy(counts), attends)
         logits = self.expert.head.logits_(self.logits[rows], hidden)
-        _log_sums_(self.log_sums[rows], logits)
+        self.log_sums[rows] = log_sums(logits)
         return hidden
 
     def _attends(self, nodes: np.ndarray) -> Tensor:
@@ -224,16 +222,6 @@ class _Forest:
             options=None if plan.options is None else plan.options[under_way],
         )
         return Read(plan, self.logits[: self.n_read], self.log_sums[: self.n_read], trunks)
-
-
-def _log_sums_(out: Tensor, logits: Tensor) -> None:
-    """log Σ exp of each row of `logits` [n, V] into `out` [n]."""
-    for part, log_sums in zip(logits.split(TILE), out.split(TILE), strict=True):
-        part = part.float()  # log_softmax is one pass over it where logsumexp is four
-        torch.sub(part[:, 0], torch.log_softmax(part, 1)[:, 0], out=log_sums)
-    left = out.isfinite().logical_not_().nonzero()[:, 0]  # where the first logit was not
-    if len(left):
-        out[left] = logits[left].float().logsumexp(1)
 
 
 def _kept(values: np.ndarray, start: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
