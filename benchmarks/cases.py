@@ -26,6 +26,7 @@ OPS = (
     "gold_kl",
     "token_kl",
     "bridge_project",
+    "log_sums",
 )
 LEVELS = ("tiny", "quick", "default", "scaling", "full", "gpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -35,6 +35,7 @@ DROP_INS = {
         "eager",
         "chassis",
     ),
+    "`torch.logsumexp(z.float(), 1)`": ("log_sums", "N=512 V=128256", "eager", "chassis"),
 }
 
 
