@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chassis.errors import ModelError
 from chassis.models import load_tokenizer
-from chassis.models.forward import unembedding_of
+from chassis.models.forward import name_of, unembedding_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")  # config, tokenizer, licence; never code
@@ -103,12 +103,12 @@ class Stored:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{base}: its config.json is not one of a causal LM ({error})") from error
-        head, name = unembedding_of(model)
-        embedding = model.get_input_embeddings()
+        head, embedding = unembedding_of(model), model.get_input_embeddings()
+        name = name_of(model, head)
         tied = head.weight is embedding.weight
         found = _by_module(model, {key: entry for file in files for key, entry in entries(folder / file).items()})
         lacks_head = tied and f"{name}.weight" not in found
-        read = next(key for key, module in model.named_modules() if module is embedding) if lacks_head else name
+        read = name_of(model, embedding) if lacks_head else name
         bias = _pick(found, f"{name}.bias", base) if getattr(head, "bias", None) is not None else None
         return cls(folder, files, _pick(found, f"{read}.weight", base), f"{name}.weight", bias, tied, lacks_head)
 

@@ -103,7 +103,8 @@ class BridgedExpert:
             following.append(number[number < len(plan)])
         said = np.zeros(input_ids.numel(), dtype=bool)
         said[np.concatenate(places)] = True
-        row_of, silent, out = said.cumsum() - 1, np.ones(int(said.sum()), dtype=bool), None
+        row_of, silent = said.cumsum() - 1, np.ones(int(said.sum()), dtype=bool)
+        out = torch.empty(0, self.bridge.base.width, device=device)
         for group in self._groups(plans):
             begin = starts([len(plans[row]) for row in group])
             source = np.concatenate([following[row] + i for row, i in zip(group, begin, strict=False)])
@@ -123,7 +124,7 @@ class BridgedExpert:
                 if np.array_equal(into, np.arange(len(silent))):
                     out = q.to(device)
                     break  # all at once, and in order
-                out = pages.empty((len(silent), q.shape[1]), torch.float32, device) if out is None else out
+                out = out if len(out) else pages.empty((len(silent), q.shape[1]), torch.float32, device)
                 out.index_copy_(0, torch.from_numpy(into).to(device), q.to(device))
         if silent.any():
             said[np.flatnonzero(said)[silent]] = False

@@ -60,7 +60,7 @@ class Reading:
 def read(models: Models, bridge: Bridge, part: TextWindow) -> Reading:
     """Plan a window and run both models over it."""
     plan, kept = bridge.plan(part.text), []
-    unembedding, _ = unembedding_of(models.expert_model)
+    unembedding = unembedding_of(models.expert_model)
     with hooks() as handles:
         handles.append(unembedding.register_forward_pre_hook(lambda module, args: kept.append(first_tensor(args)[0])))
         logits = tree_logits(models.expert_model, plan.tree, models.start_id)

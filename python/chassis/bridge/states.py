@@ -75,7 +75,7 @@ def tree_logits(model: nn.Module, tree: Tree, start: int) -> Tensor:
 def tree_states(model: nn.Module, tree: Tree, start: int) -> tuple[Tensor, Tensor]:
     """`tree_logits`, and the final states [n_nodes, D] that the unembedding read."""
     read: list[Tensor] = []
-    unembedding, _ = unembedding_of(model)
+    unembedding = unembedding_of(model)
     with hooks() as handles:
         handles.append(unembedding.register_forward_pre_hook(lambda _, args: read.append(first_tensor(args)[0])))
         logits = tree_logits(model, tree, start)

@@ -68,7 +68,7 @@ def capture(
 def final_states(model: nn.Module, run: Callable[[], object]) -> Tensor:
     """What the unembedding of `model` would read, [B, T, D], in the forward pass that `run` starts and that ends there."""
     found: dict[str, Tensor] = {}
-    unembedding, _ = unembedding_of(model)
+    unembedding = unembedding_of(model)
     with hooks() as handles:
         # First in line, so that nothing attached to the unembedding runs.
         handles.append(unembedding.register_forward_pre_hook(_stop(found), prepend=True, with_kwargs=True))

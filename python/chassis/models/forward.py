@@ -16,14 +16,19 @@ def title(model: nn.Module) -> str:
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
-def unembedding_of(model: nn.Module) -> tuple[nn.Module, str]:
+def unembedding_of(model: nn.Module) -> nn.Module:
     unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if unembedding is None:
         raise ModelError(f"{title(model)} has no output head: expected a causal LM, loaded with its unembedding")
     weight = getattr(unembedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise ModelError(f"{title(model)}: no floating-point unembedding [V, D]; load the model without quantisation")
-    return unembedding, next(name for name, module in model.named_modules() if module is unembedding)
+    return unembedding
+
+
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """The name that `model` has for a module of its own."""
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor):

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from chassis.errors import ModelError
-from chassis.models.forward import check_causal, evaluating, first_tensor, forward, hooks, probe_ids, title, unembedding_of
+from chassis.models.forward import (
+    check_causal,
+    evaluating,
+    first_tensor,
+    forward,
+    hooks,
+    name_of,
+    probe_ids,
+    title,
+    unembedding_of,
+)
 
 # Names under which configs keep the two; the numbers decide whether and how the model uses them.
 SOFTCAP_HINTS = ("final_logit_softcapping", "softcap")
@@ -69,7 +79,7 @@ def inspect_head(model: nn.Module) -> Head:
     in a way other than `softcap(scale * (h Wᵀ + b))`; the message then tells the largest deviation.
     """
     parts = find_parts(model)
-    unembedding, name = unembedding_of(model)
+    unembedding = unembedding_of(model)
     softcap, scale = _logit_rule(model, unembedding, parts.final, parts.logits)
     embedding = model.get_input_embeddings().weight
     return Head(
@@ -78,7 +88,7 @@ def inspect_head(model: nn.Module) -> Head:
         softcap=softcap,
         scale=scale,
         unembedding=unembedding,
-        unembedding_name=name,
+        unembedding_name=name_of(model, unembedding),
         final_norm=None if parts.final_norm is None else model.get_submodule(parts.final_norm),
         final_norm_name=parts.final_norm,
         blocks=[model.get_submodule(block) for block in parts.blocks],
@@ -99,7 +109,7 @@ class Parts:
 
 def find_parts(model: nn.Module) -> Parts:
     """Names of final norm and blocks, whatever the model does with the logits; raises ModelError as `inspect_head` does."""
-    unembedding, name = unembedding_of(model)
+    unembedding = unembedding_of(model)
     input_ids = probe_ids(model)
     ran: list[tuple[nn.Module, object]] = []
     read: list[Tensor] = []
@@ -110,6 +120,7 @@ def find_parts(model: nn.Module) -> Parts:
         handles.append(unembedding.register_forward_pre_hook(lambda module, args: read.append(first_tensor(args))))
         logits = forward(model, input_ids, torch.ones_like(input_ids)).logits
     if len(read) != 1:
+        name = name_of(model, unembedding)
         raise ModelError(f"{title(model)}: its output embeddings {name!r} ran {len(read)} times in a forward, expected once")
     names = {id(module): name for name, module in model.named_modules()}
     blocks = _blocks(model, [module for module, _ in ran])
