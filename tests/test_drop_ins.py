@@ -33,7 +33,7 @@ def names():
         "D": 12,
     }
     found |= {"X": X, "Y": Y, "H": H, "Xc": X - X.mean(0), "Yc": Y - Y.mean(0), "alphas": (0.1, 1.0, 10.0)}
-    found["W_U"] = torch.randn(40, 5, dtype=torch.float64)
+    found["W_U"], found["z"] = torch.randn(40, 5, dtype=torch.float64), torch.randn(6, 50)
     return found | {each.__name__: each for each in (CCA, IncrementalPCA, Ridge, RidgeCV)}
 
 
@@ -48,6 +48,7 @@ CLAIMS = {
     "Ridge(lam)": lambda theirs, ours, n: (theirs.coef_, ours.coef_),
     "RidgeCV(alphas)": lambda theirs, ours, n: ((theirs.coef_, theirs.alpha_), (ours.coef_, ours.alpha_)),
     "IncrementalPCA(k)": lambda theirs, ours, n: (PCA(2).fit(n["X"].numpy()).components_, ours.components_),
+    "torch.logsumexp": lambda theirs, ours, n: (theirs, ours),
     "torch.cov": lambda theirs, ours, n: (theirs, ours),
     "CCA(k)": lambda theirs, ours, n: (
         [np.corrcoef(*pair)[0, 1] for pair in zip(*(s.T for s in theirs.transform(n["X"], n["Y"])), strict=True)],
