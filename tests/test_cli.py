@@ -387,6 +387,7 @@ def test_align_shows_the_chunks_of_two_tokenizers(work, tmp_path):
     assert [item["chunk"] for item in second["student"]] == [1, 1] and second["correct"] == [False, True]
     shown = chassis("align", work / "base", tmp_path, "--text", "the fox")
     assert "2 of 3 chunks are spelled alike by both" in shown.stdout
+    assert "▁the │ ▁fox" in shown.stdout and "≠" in shown.stdout
     for arguments, message in (
         ((work / "base", tmp_path), "give --text or --file"),
         ((work / "base", tmp_path / "no", "--text", "a"), "no such folder"),

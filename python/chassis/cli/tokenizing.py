@@ -22,7 +22,7 @@ def align(
     text: Annotated[list[str] | None, typer.Option("--text", help="What to cut. Repeatable.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Read the text from a file.", show_default=False)] = None,
 ) -> dict:
-    """Show which tokens of two tokenizers cover the same text: a colour for each shared chunk, red where they disagree."""
+    """Show which tokens of two tokenizers cover the same text: shared chunks between bars, red and with ≠ where they disagree."""
     from chassis.cli.loading import quiet
     from chassis.models import load_tokenizer
     from chassis.text.alignment import align
@@ -65,10 +65,12 @@ def _print(console, sample: dict) -> None:
     from rich.text import Text
 
     for name in ("student", "teacher"):
-        line = Text(f"{name:<8} ")
+        line, before = Text(f"{name:<8} "), None
         for item in sample[name]:
             chunk = item["chunk"]
             good = chunk >= 0 and sample["correct"][chunk]
-            line.append(item["token"], COLOURS[chunk % 2] if good else "white on red")
-            line.append(" ")
+            if chunk != before:
+                line.append("" if before is None else "│ ").append("" if good else "≠ ")
+            line.append(item["token"], COLOURS[chunk % 2] if good else "white on red").append(" ")
+            before = chunk
         console.print(line)
