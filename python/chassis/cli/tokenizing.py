@@ -22,7 +22,7 @@ def align(
     text: Annotated[list[str] | None, typer.Option("--text", help="What to cut. Repeatable.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Read the text from a file.", show_default=False)] = None,
 ) -> dict:
-    """Show which tokens of two tokenizers cover the same text: shared chunks between bars, red and with ≠ where they disagree."""
+    """Show which tokens of two tokenizers cover the same text: bars between shared chunks, ≠ and red where they disagree."""
     from chassis.cli.loading import quiet
     from chassis.models import load_tokenizer
     from chassis.text.alignment import align
