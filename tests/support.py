@@ -25,6 +25,13 @@ from chassis_kernels import backends
 HALF = (torch.bfloat16, torch.float16)
 BUDGET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 WORDS = "the quick brown fox jumps over lazy dog def return x in class self import for if".split()
+LAYOUTS = {  # of logits [N, V], the values unchanged but for `expanded`
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "part of a wider head": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]],
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
 
 
 def documents(n: int, length: int = 60, seed: int = 0) -> list[Document]:

@@ -7,7 +7,7 @@ import torch
 from bridge_project_problems import check, double, loops, problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import far_apart, rerun_on
+from support import LAYOUTS, far_apart, rerun_on
 
 from chassis_kernels import BlockedTokens, BridgeTable, backends, bridge_project
 from chassis_kernels.reference import bridge_project as reference
@@ -35,15 +35,6 @@ def test_definition_term_by_term(dense, listed, options):
     found = double(p)
     for mine, right in zip((found.log_q.exp(), found.mass, found.uncertainty), loops(p), strict=True):
         torch.testing.assert_close(mine, right.double(), rtol=1e-6, atol=1e-6)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "transposed": lambda t: t.T.contiguous().T,
-    "part of a wider head": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]],
-    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
 
 
 @pytest.mark.parametrize("name", HAVE)

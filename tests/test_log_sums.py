@@ -4,18 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import backends_of, each_backend_of, far_apart, rerun_on
+from support import LAYOUTS, backends_of, each_backend_of, far_apart, rerun_on
 
 from chassis_kernels import backends, log_sums
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "transposed": lambda t: t.T.contiguous().T,
-    "part of a wider head": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]],
-    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
 backend = each_backend_of("log_sums")
 needs_extension = pytest.mark.skipif("cpu" not in backends_of("log_sums"), reason="no C++ implementation")
 
