@@ -20,7 +20,7 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class Bridged(NamedTuple):
-    """What `bridge_project` returns; float32 (float64 if an input is)."""
+    """What `bridge_project` returns; float32 (float64 if the logits or the table are)."""
 
     log_q: Tensor  # [N, V_B] nats; -inf where q is 0 or below 1.2e-38
     mass: Tensor  # [N] the mapped share of the expert's probability: Σ_b q(b), before `normalize`
@@ -63,21 +63,33 @@ def bridge_project(
     sum 1 where mass is above 0; `mass` still tells what was mapped. floor: probabilities that every base token keeps,
     blocked or not: at last q becomes (1 - Σ floor) q + floor. mass and uncertainty do not see it.
 
-    logits and log_probs float32, bfloat16, float16 (float64: reference backend). Not differentiable: a backward pass
-    raises RuntimeError. Raises ValueError for shapes, dtypes or ids that do not fit.
+    logits, or log_probs without them, float32, bfloat16 or float16; with float64 there or in the table the reference runs.
+    What is given beside them is converted. Not differentiable: a backward pass raises RuntimeError. Raises ValueError for
+    shapes, dtypes or ids that do not fit.
     """
-    states, listed = (index, index_start, log_weight), (log_probs, ids, listed_start)
-    n = _check(logits, table, *states, *listed, blocked, previous, floor, temperature)
+    n = _check(
+        logits, table, index, index_start, log_weight, log_probs, ids, listed_start, blocked, previous, floor, temperature
+    )
     if logits is None:
         logits = log_probs.new_empty(n, 0)
+    dtype = compute_dtype(logits, table.weights)
+    log_weight, log_probs, floor = (None if t is None else t.to(dtype) for t in (log_weight, log_probs, floor))
     if ids is not None and listed_start is None:
-        listed = log_probs.flatten(), ids.flatten(), torch.arange(n + 1, device=ids.device) * ids.shape[1]
+        log_probs, ids, listed_start = (
+            log_probs.flatten(),
+            ids.flatten(),
+            torch.arange(n + 1, device=ids.device) * ids.shape[1],
+        )
     lists = (None, None) if previous is None else (blocked.start, blocked.tokens)
     return Bridged(
         *torch.ops.chassis.bridge_project(
             logits,
-            *states,
-            *listed,
+            index,
+            index_start,
+            log_weight,
+            log_probs,
+            ids,
+            listed_start,
             *table.columns,
             table.row_sum,
             table.spread,
@@ -111,10 +123,10 @@ def _check(
     if logits is not None and (logits.dim() != 2 or logits.shape[1] < table.n_expert):
         raise ValueError(f"logits are {tuple(logits.shape)}, expected [N, >= {table.n_expert}], the table's expert tokens")
     if ids is not None:
-        shape = (n, *ids.shape[1:2]) if listed_start is None else (len(ids),) if ids.dim() else ()
-        fits = ids.dim() == (2 if listed_start is None else 1) and ids.shape == log_probs.shape == shape
-        if not fits or ids.dtype != torch.int64 or (listed_start is not None and len(listed_start) != n + 1):
-            expected = f"[{n}, m]" if listed_start is None else f"[L], and listed_start [{n + 1}]"
+        padded = listed_start is None
+        fits = ids.dim() == 1 + padded and (len(ids) == n if padded else len(listed_start) == n + 1)
+        if not fits or ids.shape != log_probs.shape or ids.dtype != torch.int64:
+            expected = f"[{n}, m]" if padded else f"[L], and listed_start [{n + 1}]"
             raise ValueError(
                 f"log_probs are {tuple(log_probs.shape)} and ids {ids.dtype} {tuple(ids.shape)}: expected both {expected}, "
                 "ids torch.int64"

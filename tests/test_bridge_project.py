@@ -249,6 +249,17 @@ def test_a_nan_in_a_further_state_is_not_hidden(backend):
     assert found.mass.isnan().tolist() == [True, False] and found.log_q[0].isnan().any() and not found.log_q[1].isnan().any()
 
 
+def test_what_stands_beside_logits_in_float64_changes_neither_backend_nor_dtype():
+    p = problem(9, listed=4, floor=True)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in p.options.items()}
+    calls = backends.OPS["bridge_project"].calls
+    before = calls["cpu"], calls["reference"]
+    for a, b in zip(bridge_project(p.logits, p.table, **wide), bridge_project(p.logits, p.table, **p.options), strict=True):
+        assert torch.equal(a, b) and a.dtype == torch.float32
+    same = (before[0] + 2, before[1]) if "cpu" in HAVE else (before[0], before[1] + 2)
+    assert (calls["cpu"], calls["reference"]) == same
+
+
 @pytest.mark.parametrize("empty", [{"n": 0}, {"entries": 0}, {"v_b": 1}, {"v_e": 1}, {"dense": False, "listed": 0}], ids=str)
 def test_empty_inputs(empty, backend):
     for blocked in (False, True):

@@ -1,20 +1,14 @@
-"""log Σ exp [N] of logits [N, V]: `torch.logsumexp`, and log_softmax from which it is read off.
-
-Each step takes the next of COPIES tensors, so that no cache holds what it reads.
-"""
+"""log Σ exp [N] of logits [N, V]: `torch.logsumexp`, and log_softmax from which it is read off."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 
 from benchmarks.cases import DTYPES as _DTYPES
-from benchmarks.cases import Case, Provider, generator
+from benchmarks.cases import Case, compiled, generator, simple
 from chassis_kernels import log_sums
 
 DTYPES = tuple(_DTYPES)
-COPIES = 3
 SHAPES = {
     "tiny": [{"N": 20, "V": 150}],
     "quick": [{"N": 512, "V": 8192}],
@@ -31,13 +25,6 @@ def case(N: int, V: int, dtype: str) -> Case:
     def make(device):
         return (generator(device)(N, V).mul_(3).to(kind),)
 
-    def in_turn(function):
-        def prepare(logits):
-            copies = itertools.cycle([logits, *(logits.clone() for _ in range(COPIES - 1))])
-            return lambda: function(next(copies))
-
-        return prepare
-
     def eager(z):
         return torch.logsumexp(z if z.dtype == torch.float64 else z.float(), 1)
 
@@ -52,10 +39,10 @@ def case(N: int, V: int, dtype: str) -> Case:
         make,
         lambda z: (eager(z),),
         {
-            "eager": Provider(in_turn(eager)),
-            "log_softmax": Provider(in_turn(read_off)),
-            "chassis": Provider(in_turn(log_sums), op="log_sums"),
-            "compile": Provider(in_turn(torch.compile(eager, dynamic=False))),
+            "eager": simple(eager),
+            "log_softmax": simple(read_off),
+            "chassis": simple(log_sums, op="log_sums"),
+            "compile": compiled(eager),
         },
         flops=10 * N * V,
         bytes=kind.itemsize * N * V,

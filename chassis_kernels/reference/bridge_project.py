@@ -42,7 +42,7 @@ def bridge_project(
     """log q [N, V_B], mass [N] and u [N]. A row whose logits are all -inf has no probability from them."""
     dtype = compute_dtype(logits, log_probs, weights)
     z = (logits if index is None else logits[index])[:, :width].to(dtype)
-    of = torch.arange(len(z), device=z.device) if index_start is None else rows_of(index_start)
+    of = torch.arange(len(z), device=z.device) if index_start is None else torch.repeat_interleave(index_start.diff())
     n = len(z) if index_start is None else len(index_start) - 1
     alive = (z != -torch.inf).any(1)
     share = alive.to(dtype) if log_weight is None else torch.where(alive, log_weight.to(dtype).exp(), 0.0)
@@ -50,10 +50,10 @@ def bridge_project(
     p = torch.nn.functional.pad(z.new_zeros(n, width).index_add(0, of, dense), (0, len(row_sum) - width))
     share = z.new_zeros(n).index_add(0, of, share)
     if ids is not None:
-        listed, of = torch.where(ids >= 0, log_probs.to(dtype).exp(), 0.0), rows_of(listed_start)
+        listed, of = torch.where(ids >= 0, log_probs.to(dtype).exp(), 0.0), torch.repeat_interleave(listed_start.diff())
         p = p.index_put((of, ids.clamp_min(0)), listed, accumulate=True) if len(row_sum) else p
         share = share.index_add(0, of, listed)
-    q = p.new_zeros(n, len(start) - 1).index_add(1, rows_of(start), p[:, rows] * weights.to(dtype))
+    q = p.new_zeros(n, len(start) - 1).index_add(1, torch.repeat_interleave(start.diff()), p[:, rows] * weights.to(dtype))
     mass = p @ row_sum.to(dtype)
     uncertainty = p @ spread.to(dtype) + (1 - share).clamp_min(0)
     factor = torch.ones_like(mass)
@@ -71,11 +71,6 @@ def bridge_project(
     if floor is not None:
         q = (1 - floor.to(dtype).sum()) * q + floor.to(dtype)
     return q.log(), mass, uncertainty
-
-
-def rows_of(start: Tensor) -> Tensor:
-    """The row of each place that `start` [N + 1] cuts into rows."""
-    return torch.repeat_interleave(torch.arange(len(start) - 1, device=start.device), start.diff())
 
 
 def blocked_places(start: Tensor, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from chassis_kernels import backends
-from chassis_kernels.reference.bridge_project import rows_of
 from chassis_kernels.triton.shared import LOG2E, MINUS_INFINITY, launch
 
 PART = 256
@@ -196,7 +195,7 @@ def bridge_project(
     share = (scale != 0).float() if log_weight is None else torch.where(scale != 0, log_weight.float().exp(), 0.0)
     parts = []  # (the row of each entry, what lays out a stretch of the entries)
     if index_start is not None:
-        of = rows_of(index_start)
+        of = torch.repeat_interleave(index_start.diff())
         mass, uncertainty, share = (x.new_zeros(n).index_add_(0, of, x) for x in (mass, uncertainty, share))
         later = (torch.arange(n_states, device=of.device) > index_start[of]).nonzero()[:, 0]
         where, unit, best = (x[later] for x in (index, scale, top))
@@ -209,7 +208,8 @@ def bridge_project(
         first = torch.where(index_start.diff() > 0, index_start[:-1], n_states)
         index, top, scale = (torch.cat([x, x.new_tensor([none])])[first] for x, none in ((index, -1), (top, 0), (scale, 0)))
     if ids is not None and n_rows:
-        of, places, p = rows_of(listed_start), ids.clamp_min(0), torch.where(ids >= 0, log_probs.float().exp(), 0.0)
+        of, places = torch.repeat_interleave(listed_start.diff()), ids.clamp_min(0)
+        p = torch.where(ids >= 0, log_probs.float().exp(), 0.0)
         share = share.index_add(0, of, p)
         mass.index_add_(0, of, p * row_sum[places])
         uncertainty.index_add_(0, of, p * spread[places])

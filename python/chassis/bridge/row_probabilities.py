@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from chassis.bridge.apply import States
-from chassis_kernels.reference.bridge_project import rows_of
 
 CELLS = 8_000_000  # of a tile [positions, rows]
 
@@ -23,6 +22,7 @@ def row_probabilities(states: States, n_rows: int, cells: int = 0) -> Iterator[t
         of = slice(begin, min(begin + step, len(states.plan)))
         tile, P = states.tile(of), torch.zeros(of.stop - of.start, n_rows, device=states.logits.device)
         z = states.logits[tile.nodes].float() / states.temperature
-        P[:, : z.shape[1]].index_add_(0, rows_of(tile.nodes_start), z.softmax(1) * tile.shares.exp()[:, None])
-        P.index_put_((rows_of(tile.listed_start), tile.rows), tile.logs.exp(), accumulate=True)
+        own, listed = (torch.repeat_interleave(start.diff()) for start in (tile.nodes_start, tile.listed_start))
+        P[:, : z.shape[1]].index_add_(0, own, z.softmax(1) * tile.shares.exp()[:, None])
+        P.index_put_((listed, tile.rows), tile.logs.exp(), accumulate=True)
         yield of, P
